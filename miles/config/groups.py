@@ -1,0 +1,369 @@
+"""The flags, one frozen dataclass per argument group of a launch script. The fields are the single source: the command
+line, the sections of `--config FILE.yaml`, `--print-config`, docs/flags.md and the hooks' flat `args` come from them.
+
+A field's name is its flag (`--hidden-size` is `hidden_size`); the string below it is its help. `None` means "derive it":
+from the checkpoint's config.json, from another flag, or from the machine. `bool | None` is a switch whose absence means
+something of its own; `--x / --no-x` set it. Nothing here imports torch: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """MODEL: the transformer's shape. All of it is derived from config.json; a flag that contradicts the checkpoint is an error."""
+
+    num_layers: int | None = None
+    """Transformer layers."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of the MLP."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    group_query_attention: bool | None = None
+    """Fewer K/V heads than query heads."""
+    num_query_groups: int | None = None
+    """K/V heads."""
+    kv_channels: int | None = None
+    """Dimension of one head."""
+    qk_layernorm: bool | None = None
+    """Normalise queries and keys."""
+    swiglu: bool | None = None
+    """Gated SiLU MLP."""
+    normalization: Literal["RMSNorm", "LayerNorm"] | None = None
+    """Kind of norm."""
+    norm_epsilon: float | None = None
+    """Epsilon of the norms."""
+    use_rotary_position_embeddings: bool | None = None
+    """RoPE."""
+    rotary_base: int | None = None
+    """RoPE theta."""
+    rotary_percent: float | None = None
+    """Share of the head dimension that rotates."""
+    disable_bias_linear: bool | None = None
+    """No bias in linear layers."""
+    add_qkv_bias: bool | None = None
+    """Bias in the Q/K/V projection only."""
+    untie_embeddings_and_output_weights: bool | None = None
+    """Separate output weights."""
+    vocab_size: int | None = None
+    """Vocabulary before padding."""
+    make_vocab_size_divisible_by: int | None = None
+    """Pads the vocabulary to a multiple of this times TP; 128 on GPU, 1 on CPU."""
+    seq_length: int | None = None
+    """Longest training sequence in tokens."""
+    max_position_embeddings: int | None = None
+    """Longest position the model knows."""
+    spec: tuple[str, ...] | None = None
+    """Layer spec by dotted path: MODULE FUNCTION."""
+
+
+@dataclass(frozen=True)
+class CkptArgs:
+    """CKPT: where weights and state come from and go to."""
+
+    hf_checkpoint: str | None = None
+    """HF directory for engines, tokenizer and config."""
+    ref_load: str | None = None
+    """Reference checkpoint (Megatron or HF directory), also the initial weights when --load has none."""
+    load: str | None = None
+    """Checkpoint directory to resume from; without latest_checkpointed_iteration.txt the actor warm-starts from --ref-load, else --hf-checkpoint."""
+    save: str | None = None
+    """Checkpoint directory."""
+    save_interval: int | None = None
+    """Rollouts between saves; the last rollout is always saved when --save is given."""
+    save_hf: str | None = None
+    """Also export HF safetensors at each save; a path template with {rollout_id}."""
+    no_save_optim: bool = False
+    """Weights-only checkpoints."""
+    model_name: str | None = None
+    """Weight-name mapping to use; defaults to the HF model_type."""
+
+
+@dataclass(frozen=True)
+class RolloutArgs:
+    """ROLLOUT: prompts, sampling, rewards, batch sizes."""
+
+    prompt_data: str | None = None
+    """JSONL or parquet prompts; `path@[a:b]` takes a slice."""
+    input_key: str = "input"
+    """Prompt column: text, or a list of messages."""
+    label_key: str | None = None
+    """Answer column."""
+    metadata_key: str = "metadata"
+    """Metadata column (a dict per row); used where present."""
+    tool_key: str = "tools"
+    """Tool-spec column for the chat template; used where present."""
+    apply_chat_template: bool = False
+    """Render messages to text at load."""
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for the chat template (JSON)."""
+    rollout_shuffle: bool = False
+    """Shuffle prompts each epoch."""
+    rollout_seed: int = 42
+    """Seed of data order and sampling."""
+    num_rollout: int | None = None
+    """Training rollouts (outer steps)."""
+    num_epoch: int | None = None
+    """Passes over the prompts; derives --num-rollout."""
+    rollout_batch_size: int | None = None
+    """Prompt groups per rollout."""
+    n_samples_per_prompt: int | None = None
+    """Samples per prompt (group size)."""
+    global_batch_size: int | None = None
+    """Trajectories per optimizer step."""
+    num_steps_per_rollout: int | None = None
+    """Optimizer steps per rollout. rollout_batch_size * n_samples_per_prompt = global_batch_size * num_steps_per_rollout: give three, the fourth is derived."""
+    micro_batch_size: int = 1
+    """Rows per micro-batch without --use-dynamic-batch-size."""
+    rollout_temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    rollout_top_p: float = 1.0
+    """Nucleus threshold."""
+    rollout_top_k: int = -1
+    """Top-k; -1 is off."""
+    rollout_max_prompt_len: int | None = None
+    """Drop prompts longer than this many tokens, at load."""
+    rollout_max_response_len: int | None = None
+    """Most new tokens per response."""
+    rollout_max_context_len: int | None = None
+    """Most tokens of prompt and response together."""
+    rollout_stop: tuple[str, ...] | None = None
+    """Stop strings."""
+    rollout_stop_token_ids: tuple[int, ...] | None = None
+    """Stop token ids besides EOS."""
+    rollout_skip_special_tokens: bool = False
+    """Leave special tokens out of the returned text."""
+    rm_type: str | None = None
+    """Built-in reward: math, exact, random, deterministic_random, remote_rm; boxed_ prefix scores the last box; metadata["rm_type"] overrides per row."""
+    rm_url: str | None = None
+    """Endpoint of remote_rm."""
+    rm_timeout: float = 30.0
+    """Seconds for one reward call; the worker that exceeds it is killed."""
+    rm_num_workers: int = 2
+    """Reward worker processes."""
+    rm_max_retries: int = 2
+    """Repetitions of a reward call that raised or timed out, before the sample is FAILED."""
+    group_rm: bool = False
+    """Score whole groups: the hook gets a list of samples and returns a list."""
+    reward_key: str | None = None
+    """Entry that trains, when rewards are dicts."""
+    custom_rm_path: str | None = None
+    """Reward hook: `async f(args, sample, **kw) -> float | dict`."""
+    custom_generate_function_path: str | None = None
+    """Generation hook: `async f(args, sample, sampling_params) -> Sample | list[Sample]`."""
+    over_sampling_batch_size: int | None = None
+    """Groups requested at a time; defaults to --rollout-batch-size."""
+    dynamic_sampling_filter_path: str | None = None
+    """Group filter hook: `f(args, samples, **kw) -> bool | DynamicFilterOutput`."""
+    balance_data: bool = False
+    """Equalise tokens across data-parallel ranks."""
+    max_failed_sample_fraction: float = 0.2
+    """Stop the run when more than this share of a rollout's samples FAILED."""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """EVAL: held-out scores; what is not given is inherited from ROLLOUT."""
+
+    eval_interval: int | None = None
+    """Rollouts between evaluations; also before the first and after the last."""
+    eval_prompt_data: tuple[str, ...] | None = None
+    """NAME PATH pairs."""
+    n_samples_per_eval_prompt: int = 1
+    """Samples per evaluation prompt."""
+    eval_temperature: float | None = None
+    """Sampling temperature; 0 is greedy."""
+    eval_top_p: float | None = None
+    """Nucleus threshold."""
+    eval_top_k: int | None = None
+    """Top-k."""
+    eval_max_response_len: int | None = None
+    """Most new tokens."""
+    eval_config: str | None = None
+    """YAML: a list `datasets` of {name, path, and any of the sampling, key and rm overrides}."""
+    skip_eval_before_train: bool = False
+    """No evaluation before the first rollout."""
+
+
+@dataclass(frozen=True)
+class PerfArgs:
+    """PERF: how the work is cut."""
+
+    use_dynamic_batch_size: bool = False
+    """Fill micro-batches up to --max-tokens-per-gpu instead of --micro-batch-size rows."""
+    max_tokens_per_gpu: int | None = None
+    """Token budget of a micro-batch."""
+    log_probs_chunk_size: int = 1024
+    """Tokens whose logits are live at once in log-prob computation; -1 takes all at once."""
+    attention_backend: Literal["auto", "local", "flash", "fused", "unfused"] = "auto"
+    """Attention kernels of the trainer; auto takes torch SDPA on CPU, flash-attn varlen or TE on GPU."""
+
+
+@dataclass(frozen=True)
+class GrpoArgs:
+    """GRPO: advantages, losses and corrections."""
+
+    advantage_estimator: Literal["grpo"] = "grpo"
+    """Advantage estimator."""
+    use_kl_loss: bool = False
+    """Add KL(policy, reference) to the loss; with coefficient 0 the reference is still loaded and KL is logged."""
+    kl_loss_coef: float = 0.0
+    """Weight of that term."""
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k1"
+    """KL estimator."""
+    eps_clip: float = 0.2
+    """Lower clip width of the ratio."""
+    eps_clip_high: float | None = None
+    """Upper clip width; defaults to --eps-clip."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    disable_grpo_std_normalization: bool = False
+    """Advantages without the division by the group's standard deviation (Dr.GRPO)."""
+    disable_rewards_normalization: bool = False
+    """Raw rewards as advantages: no group baseline."""
+    calculate_per_token_loss: bool = False
+    """Token mean: short for --loss-aggregation token_mean."""
+    loss_aggregation: Literal["seq_mean", "token_mean", "constant"] | None = None
+    """Mean per trajectory then over trajectories; mean over tokens; or a constant divisor per trajectory."""
+    loss_constant_length: int | None = None
+    """Divisor of --loss-aggregation constant, in tokens; defaults to --rollout-max-response-len."""
+    use_rollout_logprobs: bool = False
+    """Take the engine's log-probs as the old policy's."""
+    use_tis: bool = False
+    """Truncated importance sampling: weight tokens by clamp(exp(old - rollout), low, high)."""
+    tis_clip: float = 2.0
+    """Upper bound of that weight."""
+    tis_clip_low: float = 0.0
+    """Lower bound of that weight."""
+
+
+@dataclass(frozen=True)
+class OptimizerArgs:
+    """OPTIMIZER: Megatron's optimizer and schedule. adam is decoupled (AdamW)."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Optimizer."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate that decay ends at."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "constant"
+    """Schedule."""
+    lr_warmup_iters: int = 0
+    """Optimizer steps of linear warm-up."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of --lr-decay-iters; exclusive with --lr-warmup-iters."""
+    lr_decay_iters: int | None = None
+    """Optimizer steps of decay; defaults to all of the run's."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """First moment's decay."""
+    adam_beta2: float = 0.98
+    """Second moment's decay."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Global gradient-norm clip; 0 is off."""
+    accumulate_allreduce_grads_in_fp32: bool = True
+    """Accumulate and reduce gradients in fp32."""
+
+
+@dataclass(frozen=True)
+class SglangArgs:
+    """SGLANG: the rollout engines. Other --sglang-* flags pass through to the engine and are checked against it."""
+
+    rollout_num_gpus: int | None = None
+    """GPUs (ranks, without a GPU) for all engines; with --colocate the trainer's."""
+    rollout_num_gpus_per_engine: int = 1
+    """GPUs of one engine (its tensor-parallel size)."""
+    sglang_server_concurrency: int = 512
+    """Most samples in flight per engine."""
+    sglang_request_timeout: float = 600.0
+    """Seconds for one generation request."""
+    sglang_args: dict[str, Any] = field(default_factory=dict)
+    """The --sglang-* flags that were passed, by engine argument name; filled in by the command line."""
+
+
+@dataclass(frozen=True)
+class ClusterArgs:
+    """CLUSTER: processes and where they run."""
+
+    actor_num_nodes: int = 1
+    """Trainer nodes."""
+    actor_num_gpus_per_node: int | None = None
+    """Trainer GPUs (ranks, without a GPU) per node; 8 on GPU, 1 on CPU."""
+    num_gpus_per_node: int | None = None
+    """GPUs of a node as engines see it; found from the cluster."""
+    colocate: bool = False
+    """Engines and trainer share the same GPUs."""
+    train_backend: Literal["megatron"] = "megatron"
+    """Trainer implementation."""
+    rollout_engine: Literal["auto", "embedded", "sglang"] = "auto"
+    """Engine: auto takes sglang where a GPU and sglang are, else the embedded one."""
+    distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """torch.distributed backend of the trainers: gloo on CPU, nccl on GPU."""
+    distributed_timeout_minutes: float = 10.0
+    """Limit of one collective."""
+    seed: int = 1234
+    """Global seed of the trainers."""
+    run_dir: str | None = None
+    """Directory of this run; defaults to runs/<name>-<time>."""
+    update_weight_buffer_size: int = 512 * 1024**2
+    """Bytes of one weight bucket."""
+    start_timeout: float = 120.0
+    """Seconds until every process of the run must be up."""
+    deterministic_mode: bool = False
+    """Two runs of one seed agree bitwise: seeded batch-invariant generation, ordered acceptance, deterministic kernels."""
+    plugin: tuple[str, ...] = ()
+    """Module or file imported in every process before the configuration is checked; repeatable."""
+
+
+@dataclass(frozen=True)
+class TrackingArgs:
+    """TRACKING: what is shown and kept."""
+
+    run_name: str | None = None
+    """Name in the run directory's default path."""
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+    """Terminal display: live on a terminal, one line per step otherwise."""
+
+
+@dataclass(frozen=True)
+class DebugArgs:
+    """DEBUG: run one half, keep and replay data, check equality."""
+
+    debug_rollout_only: bool = False
+    """Generate and score, no trainer."""
+    debug_train_only: bool = False
+    """Train on --load-debug-rollout-data, no engines."""
+    save_debug_rollout_data: str | None = None
+    """Path template with {rollout_id} for each rollout's samples (JSON lines)."""
+    load_debug_rollout_data: str | None = None
+    """Replay such a file instead of generating; implies --debug-train-only."""
+    check_weight_update_equal: bool = False
+    """After each weight update compare every tensor's checksum between trainer and engines."""
+    debug_exit_after_rollout: int | None = None
+    """Stop after this many rollouts without changing schedules; what is due is saved."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration, one field per group. Frozen once resolved; see `miles.config.resolve`."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    ckpt: CkptArgs = field(default_factory=CkptArgs)
+    rollout: RolloutArgs = field(default_factory=RolloutArgs)
+    eval: EvalArgs = field(default_factory=EvalArgs)
+    perf: PerfArgs = field(default_factory=PerfArgs)
+    grpo: GrpoArgs = field(default_factory=GrpoArgs)
+    optimizer: OptimizerArgs = field(default_factory=OptimizerArgs)
+    sglang: SglangArgs = field(default_factory=SglangArgs)
+    cluster: ClusterArgs = field(default_factory=ClusterArgs)
+    tracking: TrackingArgs = field(default_factory=TrackingArgs)
+    debug: DebugArgs = field(default_factory=DebugArgs)

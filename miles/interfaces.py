@@ -1,0 +1,192 @@
+"""The seams of the system: what each part may expect of the next. Implementations need not inherit.
+
+Anything a user may replace by dotted path is here, with the field's names and signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from .types import RolloutOutput, Sample, SampleGroup, TrainBatch, WeightVersion
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Args(Protocol):
+    """The flat, read-only view of the configuration that user hooks receive: every flag under its own name."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------- hooks
+
+
+class RewardFn(Protocol):
+    """`async f(args, sample) -> float | dict`. Runs in a worker process that is killed at its time limit."""
+
+    def __call__(self, args: Args, sample: Sample, **kwargs: Any) -> Awaitable[float | dict[str, Any]]: ...
+
+
+class GroupRewardFn(Protocol):
+    """`async f(args, samples) -> list`, one entry per sample in order (--group-rm)."""
+
+    def __call__(
+        self, args: Args, samples: list[Sample], **kwargs: Any
+    ) -> Awaitable[list[float] | list[dict[str, Any]]]: ...
+
+
+class GenerateFn(Protocol):
+    """`async f(args, sample, sampling_params) -> Sample | list[Sample]`.
+
+    Called once per trajectory, many at a time, in the rollout manager's event loop: it must not block. What it returns
+    has tokens, response_length, loss_mask and status filled in; several rows share the trajectory.
+    """
+
+    def __call__(
+        self, args: Args, sample: Sample, sampling_params: dict[str, Any]
+    ) -> Awaitable[Sample | list[Sample]]: ...
+
+
+@dataclass(frozen=True)
+class DynamicFilterOutput:
+    """What a dynamic sampling filter decides about a scored group."""
+
+    keep: bool
+    reason: str | None = None
+    """Counted under `rollout/dropped/<reason>`."""
+
+
+class FilterFn(Protocol):
+    """`f(args, samples) -> bool | DynamicFilterOutput` on a scored group."""
+
+    def __call__(self, args: Args, samples: list[Sample], **kwargs: Any) -> bool | DynamicFilterOutput: ...
+
+
+class RolloutFn(Protocol):
+    """Makes one training rollout: fetches groups from the source, generates, scores and filters."""
+
+    def __call__(self, rollout_id: int) -> Awaitable[RolloutOutput]: ...
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """An endless, resumable stream of prompt groups with a buffer for groups that come back.
+
+    The state after `load_state_dict(state)` continues exactly where `state_dict()` was taken: same groups, same order.
+    """
+
+    def get_samples(self, num_groups: int) -> list[SampleGroup]:
+        """Next groups, buffered ones first; each has n_samples_per_prompt PENDING samples with prompt and tokens."""
+        ...
+
+    def add_samples(self, groups: list[SampleGroup]) -> None:
+        """Gives groups back; they are fetched again before new ones."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+
+
+class Engine(Protocol):
+    """Control side of one rollout engine. Every call is bounded in time and raises `EngineError` with the engine's name.
+
+    `pause` ... `resume` brackets a weight update. An engine whose update failed stays paused and answers no generation.
+    """
+
+    @property
+    def name(self) -> str: ...
+    async def health(self) -> None:
+        """Returns when the engine serves; raises otherwise. Safe and cheap to call on a running engine."""
+        ...
+
+    async def pause(self, mode: str = "abort") -> None: ...
+    async def resume(self) -> None: ...
+    async def update_weights(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """POST /update_weights_from_tensor; returns the engine's reply, raises `WeightUpdateError`."""
+        ...
+
+    async def set_version(self, version: WeightVersion) -> None: ...
+    async def version(self) -> WeightVersion: ...
+    async def checksums(self) -> dict[str, str]:
+        """HF name -> checksum of the tensor as the engine holds it now."""
+        ...
+
+
+class WeightTransport(Protocol):
+    """Carries HF-named tensors from the trainer to all engines, one bucket at a time.
+
+    One instance serves one publication at a time and is reused. Peak extra memory is one bucket (two while the next one
+    is filled). `close` releases whatever the transport holds and may be called twice.
+    """
+
+    async def send(self, tensors: Sequence[tuple[str, torch.Tensor]], engines: Sequence[Engine]) -> None:
+        """Returns once every engine has loaded the bucket and the sender's memory may be written again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- trainers
+
+
+class Trainer(Protocol):
+    """One rank of a trainer group. All ranks call each method together, in the same order."""
+
+    def train(self, batch: TrainBatch) -> dict[str, float]:
+        """All optimizer steps of one rollout. Returns metrics, equal on all ranks.
+
+        Raises `NonFiniteError` with the batch saved, before the weights are touched.
+        """
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """HF-named full tensors, streamed in a fixed order; every rank iterates, the main rank gets the tensors."""
+        ...
+
+    def save(self, directory: str, *, iteration: int) -> None: ...
+    def load(self, directory: str) -> int:
+        """Returns the iteration to continue from."""
+        ...
+
+
+# -------------------------------------------------------------------------------------------------------------- observe
+
+
+class MetricSink(Protocol):
+    """Receives one flat dict per step. May fail or hang; the caller never waits for it."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+#: Sums a tensor over whatever ranks hold the rest of it; the identity on one rank. Pure functions take it as an argument.
+Reduce = Callable[["torch.Tensor"], "torch.Tensor"]
+
+__all__ = [
+    "Args",
+    "DataSource",
+    "DynamicFilterOutput",
+    "Engine",
+    "FilterFn",
+    "GenerateFn",
+    "GroupRewardFn",
+    "Iterable",
+    "MetricSink",
+    "Reduce",
+    "RewardFn",
+    "RolloutFn",
+    "Trainer",
+    "WeightTransport",
+]

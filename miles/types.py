@@ -1,0 +1,218 @@
+"""What crosses rooms and processes: one dataclass per hop, numpy and plain Python only.
+
+    prompts --Sample--> engines --Sample--> rewards --SampleGroup--> TrainBatch (one per DP rank) --> trainers
+
+Legend: `B` rows (sequences), `R` response tokens of all rows, `T` tokens of all rows.
+A *trajectory* is one conversation with the model. It is one row as a rule; multi-turn hooks may return several rows of
+one trajectory, which then share `trajectory_id` and count once in batch sizes, group statistics and sequence denominators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from .interfaces import Args
+
+#: Weight version: the number of training rollouts that made these weights, as the decimal string engines report.
+#: "0" is what the run started from; training rollout `i` makes version `str(i + 1)`.
+WeightVersion: TypeAlias = str
+
+
+class Status(enum.Enum):
+    """Where a sample is in its life. Values are the strings that files and hooks use."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+@dataclass
+class Sample:
+    """One row: a prompt, what the model answered, and what became of it. Mutable: hooks fill it in.
+
+    `tokens` is prompt followed by response, as the engine saw and made them; text is never tokenized a second time.
+    `loss_mask` and `rollout_log_probs` cover the response alone (`response_length` entries each).
+    """
+
+    group_index: int | None = None
+    """Which prompt group; unique over the run."""
+    index: int | None = None
+    """Which sample; unique over the run: group_index * n_samples_per_prompt + position in the group."""
+    trajectory_id: int | None = None
+    """Rows of one trajectory share it; None means the row is a trajectory of its own (its `index`)."""
+    prompt: str | list[dict[str, Any]] = ""
+    """Text after the chat template, or the messages themselves when no template is applied."""
+    tokens: list[int] = field(default_factory=list)
+    response: str = ""
+    response_length: int = 0
+    label: Any = None
+    reward: float | dict[str, Any] | None = None
+    loss_mask: list[int] | None = None
+    """1 where a response token is trained on; None means all of them."""
+    rollout_log_probs: list[float] | None = None
+    """The engine's log-prob of each response token, at the sampling temperature."""
+    temperature: float = 1.0
+    """Sampling temperature; trainers divide logits by it in every log-prob pass. 0 (greedy) counts as 1."""
+    weight_versions: list[WeightVersion] = field(default_factory=list)
+    """Versions that made the response, oldest first; more than one when an update fell into it."""
+    status: Status = Status.PENDING
+    remove_sample: bool = False
+    """True keeps the sample in its group's statistics and out of the loss."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """The prompt file's metadata column, and whatever hooks add. `metadata["rm_type"]` overrides --rm-type."""
+    train_metadata: dict[str, Any] | None = None
+    multimodal_inputs: dict[str, Any] | None = None
+    rollout_routed_experts: Any = None
+    """[prompt + response - 1, layers, top_k] int32 where the engine returns routing."""
+    error: str | None = None
+    """Why `status` is FAILED: the exception's text."""
+
+    Status = Status  # users write `Sample.Status.COMPLETED`
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.tokens) - self.response_length
+
+    @property
+    def effective_response_length(self) -> int:
+        """Response tokens that are trained on."""
+        return sum(self.loss_mask) if self.loss_mask is not None else self.response_length
+
+    def get_reward_value(self, args: Args) -> float:
+        """The scalar reward: `reward` itself, or its `--reward-key` entry when it is a dict."""
+        value = self.reward
+        key = getattr(args, "reward_key", None)
+        if isinstance(value, dict):
+            if key is None or key not in value:
+                raise ValueError(
+                    f"reward of sample {self.index}, got a dict with keys {sorted(value)}: "
+                    f"--reward-key is {key!r}; name one of these keys"
+                )
+            value = value[key]
+        if value is None:
+            raise ValueError(f"reward of sample {self.index}, got None: the sample was not scored; score it first")
+        return float(value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, lossless as far as `metadata`, `label` and `reward` are JSON themselves."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["status"] = self.status.value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sample:
+        """Inverse of `to_dict`. Unknown keys are kept in `metadata` rather than lost."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        known = {k: v for k, v in data.items() if k in names}
+        known["status"] = Status(known.get("status", Status.PENDING.value))
+        sample = cls(**known)
+        sample.metadata = {**sample.metadata, **{k: v for k, v in data.items() if k not in names}}
+        return sample
+
+
+#: The samples of one prompt, in sample order; more rows than trajectories where a hook returned several.
+SampleGroup: TypeAlias = list[Sample]
+
+
+@dataclass
+class RolloutOutput:
+    """What a `RolloutFn` returns for one training rollout: exactly `rollout_batch_size` kept groups, scored."""
+
+    groups: list[SampleGroup]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Population of one optimizer step over all ranks, counted before the split: what denominators are made of."""
+
+    num_trajectories: int
+    """Trajectories with at least one trained token."""
+    num_tokens: int
+    """Trained (unmasked) response tokens."""
+    num_rows: int
+    """Rows before any were skipped."""
+    num_skipped_rows: int = 0
+    """Rows of zero advantage that are not sent to the trainers."""
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One DP rank's share of one training rollout: named arrays plus offsets, picklable without surprises by Ray.
+
+    Row columns `[B]` (in `rows`): `total_lengths` i64, `response_lengths` i64, `rewards` f32 (after group
+    normalisation), `raw_rewards` f32, `temperature` f32, `loss_weight` f32, `sample_index` i64, `trajectory_id` i64,
+    `group_index` i64. Ragged columns (in `ragged`): `tokens` i64 `[T]`, split by `total_lengths`; `loss_mask` u8 and
+    `rollout_log_probs` f32 `[R]`, split by `response_lengths`. The response is the last `response_lengths` tokens of
+    a row. `rollout_log_probs` is absent when no row has it.
+
+    `loss_weight` is the whole of loss aggregation: the loss of a step is the plain sum over ranks, micro-batches, rows
+    and tokens of `loss_weight[row] * loss_mask[token] * token_loss[token]`, so the split cannot change it.
+    """
+
+    rollout_id: int
+    rows: dict[str, np.ndarray]
+    ragged: dict[str, np.ndarray]
+    steps: tuple[tuple[np.ndarray, ...], ...]
+    """`steps[s][m]`: the rows (numbers into this batch) of micro-batch `m` of optimizer step `s`. Every rank has the
+    same number of micro-batches in a step; an empty array still takes part in the collectives."""
+    totals: tuple[StepTotals, ...]
+    """One entry per optimizer step, the same on every rank."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows["total_lengths"])
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Packed tensors of one micro-batch, response tokens of its rows side by side. `R` tokens, `B` rows.
+
+    `token_weight = loss_weight[row] * loss_mask[token]` is 0 exactly where a token is not trained on; such tokens may
+    hold any value in the other columns, infinities included.
+    """
+
+    log_probs: torch.Tensor
+    """[R] with gradient, at the sampling temperature."""
+    old_log_probs: torch.Tensor
+    """[R] the policy before this rollout's first update (or the engine's, --use-rollout-logprobs)."""
+    advantages: torch.Tensor
+    """[R]"""
+    loss_mask: torch.Tensor
+    """[R] bool"""
+    token_weight: torch.Tensor
+    """[R] float"""
+    row: torch.Tensor
+    """[R] which row a token belongs to, int64, ascending."""
+    num_rows: int
+    ref_log_probs: torch.Tensor | None = None
+    """[R]"""
+    rollout_log_probs: torch.Tensor | None = None
+    """[R] the engine's"""
+    train_log_probs: torch.Tensor | None = None
+    """[R] the trainer's own log-probs before the update, when `old_log_probs` holds the engine's."""
+    entropy: torch.Tensor | None = None
+    """[R] with gradient where the entropy bonus is on."""
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """`loss` is this micro-batch's term of the step's sum. Metrics are (kind, value) ready to be reduced over ranks.
+
+    kind `mean`: `value` is already weighted by `token_weight`, so a plain sum over ranks and micro-batches gives the
+    step's mean. kind `max`: the largest over all. kind `sum`: a count.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, tuple[str, torch.Tensor]]
