@@ -52,3 +52,7 @@ class TooManyFailures(MilesError, RuntimeError):
 
 class NonFiniteError(MilesError, ArithmeticError):
     """A NaN or an infinity in loss or gradient; the batch was saved and the weights were not touched."""
+
+
+class ProcessDied(MilesError, RuntimeError):
+    """A process of the run ended while it was needed; the text names it, what it was doing, and its last log lines."""

@@ -1,0 +1,86 @@
+"""Metrics of a run: one flat dict per step, to metrics.jsonl and to whatever sinks are attached.
+
+`step` counts rollouts trained: step 0 is what the run started from, step i + 1 is after training rollout i.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import orjson
+
+from miles.interfaces import MetricSink
+from .run_dir import write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """metrics.jsonl. A resumed run continues the file: lines of steps that are done again are dropped first."""
+
+    def __init__(self, path: Path, *, first_step: int = 0):
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) < first_step]
+            write_atomic(path, b"".join(line + b"\n" for line in kept))
+        self._file = open(path, "ab")  # noqa: SIM115
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        # JSON has no NaN; a null is read back as "was not a number" instead of vanishing.
+        values = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in metrics.items()}
+        self._file.write(orjson.dumps({"step": step, **values}, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, float]]:
+        """All whole lines, oldest first; a line that a crash tore is left out."""
+        return [orjson.loads(line) for line in path.read_bytes().splitlines() if _step_of(line) < math.inf]
+
+
+def _step_of(line: bytes) -> float:
+    """The line's step; infinity for a torn line, so that it is dropped as not yet done."""
+    try:
+        return float(orjson.loads(line)["step"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return math.inf
+
+
+class Tracker:
+    """Collects the metrics of a step from wherever they arise and writes them as one line.
+
+    A sink that raises is dropped with a warning: keeping score never stops a run.
+    """
+
+    def __init__(self, file: MetricsFile, sinks: Sequence[MetricSink] = ()):
+        self._file = file
+        self._sinks = list(sinks)
+        self._pending: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Keeps values for the line that `flush` writes; a later value of the same key wins."""
+        self._pending.update(metrics)
+
+    def flush(self, step: int) -> dict[str, float]:
+        """Writes everything added since the last flush as the line of `step` and returns it."""
+        metrics, self._pending = self._pending, {}
+        self._file.log(step, metrics)
+        self.history.append({"step": step, **metrics})
+        for sink in tuple(self._sinks):
+            try:
+                sink.log(step, metrics)
+            except Exception:
+                logger.warning("tracker %r failed and is switched off", sink, exc_info=True)
+                self._sinks.remove(sink)
+        return metrics
+
+    def close(self) -> None:
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
