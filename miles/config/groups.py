@@ -318,6 +318,8 @@ class ClusterArgs:
     """Bytes of one weight bucket."""
     start_timeout: float = 120.0
     """Seconds until every process of the run must be up."""
+    wait_timeout: float = 1800.0
+    """Seconds without progress after which a wait of the driver on another process is an error that names it."""
     deterministic_mode: bool = False
     """Two runs of one seed agree bitwise: seeded batch-invariant generation, ordered acceptance, deterministic kernels."""
     plugin: tuple[str, ...] = ()

@@ -1,0 +1,204 @@
+"""The application: builds every process from the configuration and offers `train.py` the verbs of the algorithm.
+
+    driver (this process)
+      ├─ TrainerGroup      one actor per rank: megatron-core, gloo or NCCL
+      ├─ EngineGroup       one actor per engine, each with a server process that speaks SGLang's protocol
+      └─ RolloutManager    one actor: data source, rewards, batch plan; talks HTTP to the engines
+
+Which parts exist (a debug run has no engines, or no trainers) is decided here, once: an absent part is an object that
+does nothing, so the loops have no branches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miles.config import Config, Resolution, config_to_dict
+from miles.errors import UserError
+from miles.observe import Display, MetricsFile, RunDir, Timers, Tracker
+
+if TYPE_CHECKING:
+    from .preflight import Prepared
+
+
+class App:
+    """A running system. Use as a context manager: everything it started is gone when the block ends.
+
+    `step` is the weight version: the number of rollouts trained. Metrics of rollout i belong to step i + 1.
+    """
+
+    def __init__(self, prepared: Prepared, resolution: Resolution, display: Display):
+        self.config: Config = prepared.config
+        self._prepared, self._resolution = prepared, resolution
+        self.display = display
+        self.timers = Timers()
+        name = self.config.tracking.run_name or Path(self.config.ckpt.hf_checkpoint or "run").name
+        given = self.config.cluster.run_dir
+        self.run_dir = (RunDir(Path(given).resolve()) if given else RunDir.default(name)).create()
+        self._stack = contextlib.ExitStack()
+        self._step_started = time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------------ life
+
+    def __enter__(self) -> App:
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        from .engine_group import EngineGroup
+        from .placement import cluster_has_gpu, place
+        from .ray_cluster import ray_cluster
+        from .rollout_manager import RolloutManager
+        from .trainer_group import TrainerGroup
+
+        config, layout = self.config, self._prepared.layout
+        self._write_config()
+        self.display.phase(0, self.num_rollout, "starting ray")
+        started = time.perf_counter()
+        self._stack.enter_context(ray_cluster(has_gpu=bool(self._resolution.has_gpu)))
+        placement = place(layout, use_gpu=cluster_has_gpu())
+
+        self.display.phase(0, self.num_rollout, "starting processes")
+        # Creating the actors starts their processes; the calls below overlap with their imports.
+        self.trainers = TrainerGroup(config, placement, self.run_dir.logs) if layout.actor_bundles else None
+        self._engines = EngineGroup(config, placement, self.run_dir.logs)
+        self._stack.callback(self._engines.stop)
+        self.rollout_manager = RolloutManager(config, self._prepared.prompts, self.run_dir, placement)
+        self._stack.callback(self.rollout_manager.close)
+        self.rollout_manager.on_progress = self.display.progress
+
+        self.engines = self._engines.start(secrets.token_hex(32))
+        self.start = self.trainers.start(self._total_optimizer_steps(), self.run_dir.path) if self.trainers else 0
+        state = self.trainers.loaded_extra() if self.trainers else {}
+        dp_size = self.trainers.world_size if self.trainers else 1
+        self.rollout_manager.start(self.engines, dp_size, state.get("rollout", {}))
+        if self.start >= self.num_rollout:
+            raise UserError(
+                f"--num-rollout, got {self.num_rollout}: the checkpoint in --load has {self.start} rollouts already, "
+                f"so there is nothing to train; raise --num-rollout or choose another --load"
+            )
+        if self.start:
+            self.display.note(f"continuing after rollout {self.start - 1} from {config.ckpt.load}")
+        self.tracker = Tracker(MetricsFile(self.run_dir.metrics, first_step=self.start + 1 if self.start else 0))
+        self._stack.callback(self.tracker.close)
+        self.tracker.add({"perf/start_time": time.perf_counter() - started})
+
+    def _write_config(self) -> None:
+        self.run_dir.write_config(
+            {
+                "config": config_to_dict(self.config),
+                "sources": {flag: str(source) for flag, source in self._resolution.sources.items()},
+                "not_in_effect": [str(item) for item in self._resolution.not_in_effect],
+                "argv": sys.argv[1:],
+            }
+        )
+
+    # ------------------------------------------------------------------------------------------------ plan
+
+    @property
+    def num_rollout(self) -> int:
+        assert self.config.rollout.num_rollout is not None
+        return self.config.rollout.num_rollout
+
+    def _total_optimizer_steps(self) -> int:
+        return self.num_rollout * (self.config.rollout.num_steps_per_rollout or 1)
+
+    def rollouts(self) -> Iterator[int]:
+        """The rollout ids that remain, oldest first."""
+        stop = self.config.debug.debug_exit_after_rollout
+        end = self.num_rollout if stop is None else min(self.num_rollout, self.start + stop)
+        for rollout_id in range(self.start, end):
+            self._step_started = time.perf_counter()
+            yield rollout_id
+
+    def _due(self, interval: int | None, step: int) -> bool:
+        return interval is not None and (step % interval == 0 or step == self.num_rollout)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, step: int) -> Iterator[None]:
+        self.display.phase(step, self.num_rollout, name)
+        with self.timers.phase(name):
+            yield
+
+    # ----------------------------------------------------------------------------------------------- verbs
+
+    def generate(self, rollout_id: int) -> Any:
+        """Groups of scored samples from the engines, as one shard per data-parallel rank."""
+        with self._phase("rollout", rollout_id + 1):
+            generated = self.rollout_manager.generate(rollout_id)
+        self.tracker.add(generated.metrics)
+        return generated.shards
+
+    def train(self, rollout_id: int, shards: Sequence[Any]) -> None:
+        """All optimizer steps of the rollout."""
+        if self.trainers is None:
+            return
+        with self._phase("train", rollout_id + 1):
+            self.tracker.add(self.trainers.train(shards))
+
+    def publish_weights(self, step: int) -> None:
+        """Engines serve version `step` once this returns."""
+        if self.trainers is None or not self.engines:
+            return
+        with self._phase("update_weights", step):
+            stats = self.trainers.publish(self.engines, str(step))
+        self.tracker.add(stats.metrics())
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Before the first rollout, every --eval-interval, and after the last."""
+        flags = self.config.eval
+        if not self.engines or not self._due(flags.eval_interval, step):
+            return
+        if step == self.start and (flags.skip_eval_before_train or step > 0):
+            return  # a continued run evaluated this step before it stopped
+        with self._phase("evaluate", step):
+            self.tracker.add(self.rollout_manager.evaluate(step))
+
+    def finish_step(self, step: int) -> None:
+        """Writes the step's line of metrics."""
+        if step == self.start > 0:
+            return  # a continued run wrote this line before it stopped; what is pending goes to the next one
+        self.tracker.add({**self.timers.take(), "perf/step_time": time.perf_counter() - self._step_started})
+        self.display.step(step, self.num_rollout, self.tracker.flush(step))
+
+    def save_if_due(self, step: int) -> None:
+        """Checkpoint of everything trained so far, every --save-interval and after the last rollout."""
+        ckpt = self.config.ckpt
+        last = step == self.num_rollout
+        if self.trainers is None or not (self._due(ckpt.save_interval, step) or last):
+            return
+        if ckpt.save is not None:
+            with self._phase("save", step):
+                state = {"rollout": self.rollout_manager.state_after(step - 1)}
+                self.trainers.save(ckpt.save, step, state)
+        if ckpt.save_hf is not None:
+            with self._phase("save_hf", step):
+                self.trainers.save_hf(ckpt.save_hf.format(rollout_id=step - 1, step=step))
+
+    # ------------------------------------------------------------------------------------------------- end
+
+    def summary(self) -> None:
+        """Before and after, and where to look."""
+        history = self.tracker.history
+        names = sorted({k for line in history for k in line if k.startswith("eval/") and k.count("/") == 1})
+        rows = []
+        for key in ["rollout/raw_reward", *names]:
+            values = [line[key] for line in history if key in line]
+            if len(values) > 1:
+                rows.append((key, f"{values[0]:.3f}", f"{values[-1]:.3f}", f"{values[-1] - values[0]:+.3f}"))
+        if rows:
+            self.display.table("before and after", ("metric", "before", "after", "gain"), rows)
+        self.display.note(f"run directory: {self.run_dir.path}")

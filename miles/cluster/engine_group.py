@@ -1,0 +1,101 @@
+"""The rollout engines: one Ray actor per engine, which runs a server process on its node and watches over it.
+
+Everything else talks to the server over HTTP at its `EngineAddress`; the actor exists to place it, to own its life, and
+to say why it died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from miles.config import Config
+from miles.engines.launch import EngineProcess, launch_embedded
+from miles.observe import open_process_log
+
+from .placement import Placement
+from .waits import Process, StacksMixin, wait_for
+
+
+@dataclass(frozen=True)
+class EngineAddress:
+    """How to reach one engine. The token is the run's: whoever holds it may change the engine's weights."""
+
+    name: str
+    url: str
+    token: str
+
+
+@ray.remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)
+class EngineActor(StacksMixin):
+    """Owns one server process. When this actor dies, its end of the server's stdin closes and the server exits."""
+
+    def __init__(self, config: Config, name: str, logs: Path):
+        open_process_log(logs, f"{name}-actor")
+        self.config, self.name, self.logs = config, name, logs
+        self._process: EngineProcess | None = None
+
+    def start(self, token: str, device: str) -> EngineAddress:
+        """Returns once the server answers. Raises `EngineError` with the end of its log if it dies first."""
+        assert self.config.ckpt.hf_checkpoint is not None
+        self._process = asyncio.run(
+            launch_embedded(
+                name=self.name,
+                model_path=self.config.ckpt.hf_checkpoint,
+                token=token,
+                log_path=self.logs / f"{self.name}.log",
+                env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if device == "cpu" else {},
+                server_args=engine_server_args(self.config),
+                start_timeout_s=self.config.cluster.start_timeout,
+                device=device,
+            )
+        )
+        return EngineAddress(self.name, self._process.url, token)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        return self._stacks()
+
+
+def engine_server_args(config: Config) -> dict[str, object]:
+    """The server's arguments: what --sglang-* passed, and what the run's own flags imply."""
+    args = dict(config.sglang.sglang_args)
+    args.setdefault("random_seed", config.rollout.rollout_seed)
+    if config.cluster.deterministic_mode:
+        args["enable_deterministic_inference"] = True
+    if config.rollout.rollout_max_context_len is not None:
+        args.setdefault("context_length", config.rollout.rollout_max_context_len)
+    return args
+
+
+class EngineGroup:
+    """The driver's view of all engines."""
+
+    def __init__(self, config: Config, placement: Placement, logs: Path):
+        self._limit_s = config.cluster.start_timeout
+        self._device = "cuda" if placement.use_gpu else "cpu"
+        self.processes = [
+            Process(
+                f"engine-{i}",
+                EngineActor.options(**placement.options(bundles[0], role="engine")).remote(config, f"engine-{i}", logs),
+                logs / f"engine-{i}.log",
+            )
+            for i, bundles in enumerate(placement.layout.engine_bundles)
+        ]
+
+    def start(self, token: str) -> Sequence[EngineAddress]:
+        """All engines side by side."""
+        calls = {p: p.handle.start.remote(token, self._device) for p in self.processes}
+        return wait_for(calls, what="the engines to start", limit_s=self._limit_s + 10)
+
+    def stop(self) -> None:
+        ray.wait([p.handle.stop.remote() for p in self.processes], num_returns=len(self.processes), timeout=10)

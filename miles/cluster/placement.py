@@ -1,0 +1,149 @@
+"""Which rank runs where.
+
+One placement group holds every bundle of the run, one bundle per GPU. Colocated, trainer rank i and the engine of GPU i
+share bundle i; disaggregated, the engines' bundles follow the trainers'. Where there is no GPU a bundle asks for a small
+fraction of a CPU, so that a laptop holds several ranks. Bundles are sorted by node and GPU, since neighbouring ranks
+talk most.
+
+    colocated       [ actor 0 + engine 0 | actor 1 + engine 1 | ... ]
+    disaggregated   [ actor 0 | actor 1 | ... | engine 0 | engine 1 | ... ]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from miles.config import Config
+from miles.errors import PlacementError
+
+#: A CPU rank's share of a core in Ray's accounting; it is a ticket, not a limit.
+CPU_PER_RANK = 0.25
+#: A placement that is not ready by then will not be: the cluster is too small, or full.
+READY_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks there are and which bundle each takes, before anything is placed. Pure."""
+
+    num_bundles: int
+    actor_bundles: tuple[int, ...]
+    """Bundle of trainer rank i."""
+    engine_bundles: tuple[tuple[int, ...], ...]
+    """Bundles of engine i, one per GPU of the engine."""
+    colocate: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Layout:
+        """From the resolved GPU-count flags. Debug runs leave one side out."""
+        cluster, sglang, debug = config.cluster, config.sglang, config.debug
+        assert cluster.actor_num_gpus_per_node is not None
+        assert sglang.rollout_num_gpus is not None
+        actors = 0 if debug.debug_rollout_only else cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
+        engine_gpus = 0 if debug.debug_train_only else sglang.rollout_num_gpus
+        per_engine = sglang.rollout_num_gpus_per_engine
+        first = 0 if cluster.colocate else actors
+        engines = [tuple(range(first + i, first + i + per_engine)) for i in range(0, engine_gpus, per_engine)]
+        return cls(
+            num_bundles=max([actors, *(b + 1 for bundles in engines for b in bundles)]),
+            actor_bundles=tuple(range(actors)),
+            engine_bundles=tuple(engines),
+            colocate=cluster.colocate,
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A layout with its bundles reserved on the cluster."""
+
+    layout: Layout
+    group: PlacementGroup
+    order: tuple[int, ...]
+    """Position in node-and-GPU order -> Ray's bundle index."""
+    use_gpu: bool
+
+    def options(self, bundle: int, *, role: str) -> dict[str, Any]:
+        """Ray options of the actor of `role` ("actor" or "engine") in `bundle`."""
+        # Two processes share a colocated GPU: Ray must see two fractions, the process sees the whole device.
+        share = 0.4 if self.layout.colocate else 1.0
+        resources = {"num_gpus": share, "num_cpus": share} if self.use_gpu else {"num_cpus": CPU_PER_RANK / 2}
+        return {
+            **resources,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self.group, placement_group_bundle_index=self.order[bundle]
+            ),
+        }
+
+
+def cluster_has_gpu() -> bool:
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def place(layout: Layout, *, use_gpu: bool) -> Placement:
+    """Reserves the bundles. Raises `PlacementError` within `READY_TIMEOUT_S`, printing asked and available."""
+    bundle = {"GPU": 1.0, "CPU": 1.0} if use_gpu else {"CPU": CPU_PER_RANK}
+    bundles = [bundle] * layout.num_bundles
+    if not bundles:
+        raise PlacementError("placement, got no rank at all: neither trainers nor engines are asked for; nothing to do")
+    _check_fits(bundles, layout)
+    group = placement_group(bundles, strategy="PACK")
+    ready, _ = ray.wait([group.ready()], timeout=READY_TIMEOUT_S)
+    if not ready:
+        ray.util.remove_placement_group(group)
+        raise PlacementError(_explain(bundles, layout, "the cluster did not grant it, somebody else uses it"))
+    return Placement(layout, group, _sorted_bundles(group, len(bundles), use_gpu), use_gpu)
+
+
+def _check_fits(bundles: Sequence[dict[str, float]], layout: Layout) -> None:
+    total = ray.cluster_resources()
+    for name in bundles[0]:
+        if math.fsum(b[name] for b in bundles) > total.get(name, 0.0):
+            raise PlacementError(_explain(bundles, layout, f"the cluster has too little {name}"))
+
+
+def _explain(bundles: Sequence[dict[str, float]], layout: Layout, why: str) -> str:
+    names = list(bundles[0])
+    asked = ", ".join(f"{math.fsum(b[n] for b in bundles):g} {n}" for n in names)
+    available, total = ray.available_resources(), ray.cluster_resources()
+    has = ", ".join(f"{available.get(n, 0):g} of {total.get(n, 0):g} {n}" for n in names)
+    engines = len(layout.engine_bundles)
+    return (
+        f"placement of {len(layout.actor_bundles)} trainer ranks and {engines} engines"
+        f"{' (colocated)' if layout.colocate else ''}, asked {asked}, available {has} on {len(ray.nodes())} nodes: {why}; "
+        f"lower --actor-num-gpus-per-node or --rollout-num-gpus, or add nodes"
+    )
+
+
+def _sorted_bundles(group: PlacementGroup, count: int, use_gpu: bool) -> tuple[int, ...]:
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+
+    def node_key(index: int) -> tuple[int, ...] | tuple[str]:
+        ip = address[nodes[index]]
+        parts = ip.split(".")
+        return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else (ip,)
+
+    gpus = _gpu_of_bundles(group, count) if use_gpu else [0] * count
+    return tuple(sorted(range(count), key=lambda i: (node_key(i), gpus[i], i)))
+
+
+def _gpu_of_bundles(group: PlacementGroup, count: int) -> list[int]:
+    """Asks a short-lived task in each bundle which GPU it was given; Ray keeps that assignment for the bundle."""
+
+    @ray.remote(num_cpus=0, num_gpus=1)
+    def gpu_id() -> int:
+        return int(ray.get_runtime_context().get_accelerator_ids()["GPU"][0])
+
+    def strategy(index: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+
+    return ray.get(
+        [gpu_id.options(scheduling_strategy=strategy(i)).remote() for i in range(count)], timeout=READY_TIMEOUT_S * 6
+    )

@@ -1,0 +1,64 @@
+"""Everything that can be found wrong before a process is launched: a typo costs a second, not an hour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from miles import data, engines, rollout, trainers
+from miles.config import Config, Problem, budget_table, derive_num_rollout, import_plugins, raise_if
+from miles.data import PromptData
+from miles.errors import DataError
+
+from .placement import Layout
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What preflight found out and the run goes on with."""
+
+    config: Config
+    prompts: PromptData | None
+    """Loaded and checked; None when a debug run replays samples."""
+    layout: Layout
+    table: Sequence[tuple[str, str]]
+    """Prompts, samples, tokens and optimizer steps, per rollout and over the run."""
+
+
+def preflight(config: Config) -> Prepared:
+    """Imports plugins, runs every room's check, reads the prompts. Raises `ConfigError` with all problems at once."""
+    import_plugins(config)
+    problems: list[Problem] = []
+    for room in (data, rollout, engines, trainers):
+        problems += room.check(config)
+    raise_if(problems)
+    prompts = _load_prompts(config)
+    num_prompts = len(prompts.prompts) if prompts is not None else None
+    if num_prompts is not None:
+        config = derive_num_rollout(config, num_prompts)
+    return Prepared(config, prompts, Layout.of(config), budget_table(config, num_prompts=num_prompts))
+
+
+def _load_prompts(config: Config) -> PromptData | None:
+    if config.debug.debug_train_only:
+        return None
+    flags = config.rollout
+    assert flags.prompt_data is not None
+    assert config.ckpt.hf_checkpoint is not None
+    prompts = data.load_prompts(
+        flags.prompt_data,
+        input_key=flags.input_key,
+        label_key=flags.label_key,
+        metadata_key=flags.metadata_key,
+        tool_key=flags.tool_key,
+        apply_chat_template=flags.apply_chat_template,
+        apply_chat_template_kwargs=flags.apply_chat_template_kwargs,
+        tokenizer=data.load_tokenizer(config.ckpt.hf_checkpoint),
+        max_prompt_len=flags.rollout_max_prompt_len,
+        require_label=rollout.label_required(config),
+    )
+    if not prompts.prompts:
+        raise DataError(
+            f"--prompt-data {flags.prompt_data}, got no prompt to train on ({prompts.skipped} too long): raise --rollout-max-prompt-len"
+        )
+    return prompts

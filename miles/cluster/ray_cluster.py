@@ -1,0 +1,75 @@
+"""Ray itself: start a private cluster, or join the one that RAY_ADDRESS names.
+
+A cluster that we start listens on loopback only, asks every client for a token made for this run, keeps its files in a
+directory of its own, and ends with the driver: Ray's processes are tied to the driver's life by the kernel, so that a
+SIGKILL leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "miles-ray-"
+#: Shared memory that the object store of a CPU run may take; a rollout's batches are a few MB.
+_CPU_OBJECT_STORE_BYTES = 512 * 1024**2
+
+
+@contextlib.contextmanager
+def ray_cluster(*, has_gpu: bool) -> Iterator[None]:
+    """A connected Ray inside the block, shut down after it. Joins RAY_ADDRESS if set, else starts a private cluster."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+
+    # Read by Ray when it is imported and inherited by every process it starts. The second is Ray's own switch for
+    # "this machine only": without it, Ray replaces 127.0.0.1 by the machine's address and binds to all interfaces.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    _remove_leftovers()
+    # Unix sockets below this directory allow about 100 characters: keep it short.
+    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    try:
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            object_store_memory=None if has_gpu else _CPU_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(directory),
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """Deletes the directories of drivers that were killed before they could do it themselves."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        match = re.fullmatch(rf"{_PREFIX}(\d+)-.*", path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)

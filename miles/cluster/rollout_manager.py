@@ -1,0 +1,219 @@
+"""The rollout manager: one actor that owns data source, engine clients, rewards and the batch plan.
+
+    generate(i): source -> engines -> rewards -> filter -> TrainBatch per data-parallel rank (object store)
+                 and the source's state after it, kept until the checkpoint of rollout i is written
+
+What a checkpoint says was consumed is what was trained: `state_after(i)` is the source as it was when rollout i was
+complete, however far it was read since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from miles.config import Config, args_view, import_plugins
+from miles.data import (
+    PromptData,
+    RolloutDataSource,
+    build_train_batches,
+    load_rollout_samples,
+    load_tokenizer,
+    save_rollout_samples,
+)
+from miles.engines.client import EngineClient
+from miles.engines.pool import EnginePool
+from miles.errors import CheckpointError
+from miles.observe import RunDir, open_process_log
+from miles.rollout import Rollout
+from miles.types import RolloutOutput
+
+from .engine_group import EngineAddress
+from .placement import Placement
+from .waits import Process, StacksMixin, wait_for
+
+logger = logging.getLogger(__name__)
+
+#: Every so many rollouts all rows are scored by the trainer, also those whose gradient is zero, so that the metrics'
+#: population is the whole batch.
+SCORE_ALL_INTERVAL = 10
+
+#: States of the source that are kept for a checkpoint yet to come; a driver runs at most a step or two ahead.
+STATES_KEPT = 4
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One training rollout, ready for the trainers."""
+
+    shards: tuple[ray.ObjectRef, ...]
+    """One `TrainBatch` per data-parallel rank."""
+    metrics: dict[str, float]
+
+
+@ray.remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)
+class RolloutManagerActor(StacksMixin):
+    """See the module's docstring. Async: rewards, requests and filters interleave in one event loop."""
+
+    def __init__(self, config: Config, prompts: PromptData | None, run_dir: RunDir):
+        open_process_log(run_dir.logs, "rollout-manager")
+        self.config, self.run_dir = config, run_dir
+        import_plugins(config)
+        self._progress = (0, 0, 0)
+        self._states: dict[int, dict[str, Any]] = {}
+        self._rollout: Rollout | None = None
+        self.tokenizer = load_tokenizer(config.ckpt.hf_checkpoint)
+        assert config.rollout.n_samples_per_prompt is not None
+        self.source = (
+            RolloutDataSource(
+                prompts,
+                n_samples_per_prompt=config.rollout.n_samples_per_prompt,
+                shuffle=config.rollout.rollout_shuffle,
+                seed=config.rollout.rollout_seed,
+            )
+            if prompts is not None
+            else None
+        )
+
+    async def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
+        """Connects to the engines and, when the run continues a checkpoint, takes up its `state`."""
+        self.dp_size = dp_size
+        args = args_view(self.config)
+        self.args = args
+        if self.source is not None:
+            if state:
+                self.source.load_state_dict(state["source"])
+            clients = [EngineClient(e.name, e.url, e.token) for e in engines]
+            self._rollout = Rollout(
+                self.config,
+                source=self.source,
+                pool=EnginePool(clients, self.config.sglang.sglang_server_concurrency),
+                tokenizer=self.tokenizer,
+                args=args,
+            )
+            self._rollout.on_progress = self._note_progress
+            await self._rollout.start()
+
+    def _note_progress(self, done: int, total: int, tokens: int) -> None:
+        self._progress = (done, total, tokens)
+
+    async def generate(self, rollout_id: int) -> Generated:
+        started = time.perf_counter()
+        output = await self._make(rollout_id)
+        generated = time.perf_counter()
+        built = build_train_batches(
+            output.groups,
+            config=self.config,
+            rollout_id=rollout_id,
+            dp_size=self.dp_size,
+            score_all=rollout_id % SCORE_ALL_INTERVAL == SCORE_ALL_INTERVAL - 1,
+        )
+        if self.source is not None:
+            self._states[rollout_id] = {"source": self.source.state_dict()}
+            self._states.pop(rollout_id - STATES_KEPT, None)
+        self._keep(rollout_id, output)
+        tokens = sum(s.response_length for group in output.groups for s in group)
+        metrics = {
+            **output.metrics,
+            **built.metrics,
+            "perf/generate_time": generated - started,
+            "perf/rollout_tokens_per_s": tokens / max(generated - started, 1e-9),
+            "perf/batch_time": time.perf_counter() - generated,
+        }
+        return Generated(tuple(ray.put(batch) for batch in built.batches), metrics)
+
+    async def _make(self, rollout_id: int) -> RolloutOutput:
+        if template := self.config.debug.load_debug_rollout_data:
+            return RolloutOutput(groups=load_rollout_samples(template.format(rollout_id=rollout_id)))
+        assert self._rollout is not None
+        return await self._rollout.generate(rollout_id)
+
+    def _keep(self, rollout_id: int, output: RolloutOutput) -> None:
+        save_rollout_samples(self.run_dir.samples / f"rollout_{rollout_id:06d}.jsonl", output.groups)
+        if template := self.config.debug.save_debug_rollout_data:
+            save_rollout_samples(Path(template.format(rollout_id=rollout_id)), output.groups)
+
+    async def evaluate(self, rollout_id: int) -> dict[str, float]:
+        """Scores every evaluation set with the weights that the engines hold now."""
+        assert self._rollout is not None
+        started = time.perf_counter()
+        output = await self._rollout.evaluate(rollout_id)
+        for name, samples in output.samples_by_dataset.items():
+            save_rollout_samples(self.run_dir.samples / f"eval_{name}_{rollout_id:06d}.jsonl", [samples])
+        return {**output.metrics, "perf/eval_time": time.perf_counter() - started}
+
+    async def state_after(self, rollout_id: int) -> dict[str, Any]:
+        """The state to save with the checkpoint made of rollouts 0..rollout_id."""
+        if self.source is None:
+            return {}
+        if rollout_id not in self._states:
+            raise CheckpointError(
+                f"state after rollout {rollout_id}, got states of {sorted(self._states)}: it was not generated here"
+            )
+        return self._states[rollout_id]
+
+    async def close(self) -> None:
+        if self._rollout is not None:
+            await self._rollout.close()
+
+    @ray.method(concurrency_group="control")
+    async def progress(self) -> tuple[int, int, int]:
+        """Groups done, groups wanted, tokens generated in the phase that runs."""
+        return self._progress
+
+    @ray.method(concurrency_group="control")
+    async def stacks(self) -> str:
+        tasks = "\n".join(str(t) for t in list(asyncio.all_tasks()))
+        return f"{self._stacks()}\n{tasks}"
+
+
+class RolloutManager:
+    """The driver's view of the rollout manager."""
+
+    def __init__(self, config: Config, prompts: PromptData | None, run_dir: RunDir, placement: Placement):
+        self._limit_s = config.cluster.wait_timeout
+        self._start_s = config.cluster.start_timeout
+        env = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        handle = RolloutManagerActor.options(num_cpus=0, runtime_env={"env_vars": env}).remote(config, prompts, run_dir)
+        self.process = Process("rollout-manager", handle, run_dir.logs / "rollout-manager.log")
+        self.on_progress = lambda done, total, tokens: None
+
+    def _wait(self, ref: ray.ObjectRef, what: str, *, limit_s: float | None = None, watch: bool = False) -> Any:
+        progress = self._poll_progress if watch else None
+        return wait_for({self.process: ref}, what=what, limit_s=limit_s or self._limit_s, progress=progress)[0]
+
+    def _poll_progress(self) -> object:
+        ready, _ = ray.wait([ref := self.process.handle.progress.remote()], timeout=1.0)
+        if not ready:
+            return None
+        done, total, tokens = ray.get(ref)
+        self.on_progress(done, total, tokens)
+        return done, total, tokens
+
+    def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
+        self._wait(
+            self.process.handle.start.remote(list(engines), dp_size, state),
+            "the rollout manager to start",
+            limit_s=self._start_s,
+        )
+
+    def generate(self, rollout_id: int) -> Generated:
+        return self._wait(self.process.handle.generate.remote(rollout_id), f"rollout {rollout_id}", watch=True)
+
+    def evaluate(self, rollout_id: int) -> dict[str, float]:
+        return self._wait(self.process.handle.evaluate.remote(rollout_id), f"evaluation {rollout_id}", watch=True)
+
+    def state_after(self, rollout_id: int) -> dict[str, Any]:
+        return self._wait(
+            self.process.handle.state_after.remote(rollout_id), f"the data state after rollout {rollout_id}"
+        )
+
+    def close(self) -> None:
+        ray.wait([self.process.handle.close.remote()], timeout=10)

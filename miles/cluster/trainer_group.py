@@ -1,0 +1,186 @@
+"""The trainers: one Ray actor per rank, driven together.
+
+driver --train(batch shards)--> every rank --collectives--> metrics
+driver --publish(version)-----> every rank gathers, the main rank streams buckets to the engines
+driver --save(directory)------> every rank writes its shards, then the main rank makes them current
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from miles.config import Config, import_plugins
+from miles.engines.client import EngineClient
+from miles.errors import UserError
+from miles.observe import open_process_log
+from miles.trainers import make_trainer
+from miles.types import TrainBatch, WeightVersion
+from miles.weights import PublishStats, SharedMemoryTransport, publish
+
+from .engine_group import EngineAddress
+from .placement import Placement
+from .waits import Process, StacksMixin, wait_for
+
+logger = logging.getLogger(__name__)
+
+
+@ray.remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)
+class TrainerActor(StacksMixin):
+    """One rank. Its methods are called on all ranks together, in the same order."""
+
+    def __init__(self, config: Config, rank: int, logs: Path):
+        self.log = open_process_log(logs, f"trainer-{rank}")
+        self.config, self.rank = config, rank
+        self._loop = asyncio.new_event_loop()
+        self._transport: SharedMemoryTransport | None = None
+
+    def rendezvous(self) -> tuple[str, int]:
+        """An address of this node and a free port on it, for rank 0's process group."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind((host, 0))
+            return host, s.getsockname()[1]
+
+    def start(self, world_size: int, local_rank: int, address: tuple[str, int], total_steps: int, run_dir: Path) -> int:
+        """Builds model and optimizer, loads weights; returns the rollout to begin with."""
+        import_plugins(self.config)
+        self.trainer = make_trainer(
+            self.config,
+            rank=self.rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            master_addr=address[0],
+            master_port=address[1],
+            run_dir=run_dir,
+            total_optimizer_steps=total_steps,
+        )
+        return self.trainer.load_initial()
+
+    def train(self, batch: TrainBatch) -> dict[str, float]:
+        return self.trainer.train(batch)
+
+    def publish(self, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats | None:
+        """Every rank gathers its part of each tensor; the main rank sends. Returns the main rank's figures."""
+        weights = self.trainer.named_weights()
+        if self.rank != 0:
+            for _ in weights:
+                pass
+            return None
+        if self._transport is None:
+            self._transport = SharedMemoryTransport()
+        return self._loop.run_until_complete(self._publish(weights, engines, version))
+
+    async def _publish(self, weights: Any, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats:
+        clients = [EngineClient(e.name, e.url, e.token) for e in engines]
+        try:
+            return await publish(
+                weights,
+                clients,
+                self._transport,
+                version,
+                self.config.cluster.update_weight_buffer_size,
+                check_equal=self.config.debug.check_weight_update_equal,
+            )
+        finally:
+            await asyncio.gather(*(client.close() for client in clients))
+
+    def save(self, directory: str, iteration: int, extra: dict[str, Any]) -> None:
+        self.trainer.save(directory, iteration, extra)
+
+    def finish_save(self, directory: str, iteration: int) -> None:
+        self.trainer.finish_save(directory, iteration)
+
+    def loaded_extra(self) -> dict[str, Any]:
+        """The `extra` that the checkpoint this run continues was saved with; empty for a warm start."""
+        return self.trainer.loaded_extra
+
+    def save_hf(self, path: str) -> None:
+        self.trainer.save_hf(path)
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        return self._stacks()
+
+
+class TrainerGroup:
+    """The driver's view of all trainer ranks."""
+
+    def __init__(self, config: Config, placement: Placement, logs: Path):
+        self.config = config
+        self._limit_s = config.cluster.wait_timeout
+        cpu_threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        env = {
+            "TORCHDYNAMO_DISABLE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            **({} if placement.use_gpu else cpu_threads),
+        }
+        self.processes = [
+            Process(
+                f"trainer-{rank}",
+                TrainerActor.options(**placement.options(bundle, role="actor"), runtime_env={"env_vars": env}).remote(
+                    config, rank, logs
+                ),
+                logs / f"trainer-{rank}.log",
+            )
+            for rank, bundle in enumerate(placement.layout.actor_bundles)
+        ]
+
+    @property
+    def world_size(self) -> int:
+        return len(self.processes)
+
+    def _all(self, what: str, call: Callable[[Any, int], ray.ObjectRef], *, limit_s: float | None = None) -> list[Any]:
+        calls = {process: call(process.handle, rank) for rank, process in enumerate(self.processes)}
+        return wait_for(calls, what=what, limit_s=limit_s or self._limit_s)
+
+    def start(self, total_steps: int, run_dir: Path) -> int:
+        """Returns the rollout to begin with, on which all ranks agree."""
+        limit_s = self.config.cluster.start_timeout
+        first = self.processes[0]
+        [address] = wait_for({first: first.handle.rendezvous.remote()}, what="the trainers' address", limit_s=limit_s)
+        per_node = self.config.cluster.actor_num_gpus_per_node or 1
+        starts = self._all(
+            "the trainers to load",
+            lambda h, rank: h.start.remote(self.world_size, rank % per_node, address, total_steps, run_dir),
+            limit_s=max(limit_s, self._limit_s),
+        )
+        if len(set(starts)) != 1:
+            raise UserError(
+                f"--load, got rollouts {starts} on ranks 0..{self.world_size - 1}: not one checkpoint; is --load a shared directory?"
+            )
+        return starts[0]
+
+    def loaded_extra(self) -> dict[str, Any]:
+        first = self.processes[0]
+        return wait_for({first: first.handle.loaded_extra.remote()}, what="the checkpoint's state", limit_s=60)[0]
+
+    def train(self, shards: Sequence[ray.ObjectRef]) -> dict[str, float]:
+        """All optimizer steps of one rollout; `shards[i]` holds data-parallel rank i's `TrainBatch`."""
+        # One rank per data-parallel shard: with TP, PP or CP above 1 several ranks will be handed the same shard.
+        return self._all("the training step", lambda h, rank: h.train.remote(shards[rank]))[0]
+
+    def publish(self, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats:
+        return self._all(
+            f"weights of version {version} to the engines", lambda h, _: h.publish.remote(engines, version)
+        )[0]
+
+    def save(self, directory: str, iteration: int, extra: dict[str, Any]) -> None:
+        """Returns once the checkpoint of `iteration` is whole on disk and current."""
+        self._all(f"checkpoint {iteration}", lambda h, _: h.save.remote(directory, iteration, extra))
+        first = self.processes[0]
+        wait_for(
+            {first: first.handle.finish_save.remote(directory, iteration)},
+            what=f"checkpoint {iteration} to become current",
+            limit_s=self._limit_s,
+        )
+
+    def save_hf(self, path: str) -> None:
+        self._all(f"HF export to {path}", lambda h, _: h.save_hf.remote(path))

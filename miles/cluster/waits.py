@@ -1,0 +1,114 @@
+"""Every wait of the driver on another process: named, bounded, attributed.
+
+`Process` is a Ray actor with a name, a log, and a way to show its stacks while it is busy. `wait_for` returns when all
+calls are answered, raises the first error of any of them at once (the others may be hanging because of it), and when
+nothing moves for too long says who was waited for, since when, and what the other side was doing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from miles.errors import MilesError, ProcessDied, WaitTimeout
+from miles.observe import tail
+
+logger = logging.getLogger(__name__)
+
+#: How often the driver looks at a long wait: for progress, and to notice that nothing moves.
+_POLL_S = 0.25
+#: How long a process may take to show its stacks before it counts as frozen.
+_STACKS_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """One actor of the run as the driver knows it. `handle` has a control method `stacks` (see `StacksMixin`)."""
+
+    name: str
+    handle: Any
+    log: Path
+
+
+class StacksMixin:
+    """Gives an actor `stacks()`, to be declared in a concurrency group of its own so that a busy actor answers."""
+
+    def _stacks(self) -> str:
+        with tempfile.TemporaryFile("w+") as f:
+            faulthandler.dump_traceback(f, all_threads=True)
+            f.seek(0)
+            return f.read()
+
+
+def wait_for(
+    calls: Mapping[Process, ray.ObjectRef],
+    *,
+    what: str,
+    limit_s: float,
+    progress: Callable[[], object] | None = None,
+) -> list[Any]:
+    """The results of `calls` in order.
+
+    `limit_s` bounds the time without any change: a call answered, or another value of `progress()`.
+    Raises what a process raised (our own errors unchanged), `ProcessDied`, or `WaitTimeout`.
+    """
+    started = changed = time.monotonic()
+    pending = {ref: process for process, ref in calls.items()}
+    results: dict[ray.ObjectRef, Any] = {}
+    seen: object = None
+    while pending:
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=min(limit_s, _POLL_S if progress else 5.0))
+        for ref in done:
+            results[ref] = _result(ref, pending.pop(ref), what)
+        now = time.monotonic()
+        if done:
+            changed = now
+        elif progress is not None and (value := progress()) != seen:
+            seen, changed = value, now
+        if pending and now - changed > limit_s:
+            raise WaitTimeout(_report(list(pending.values()), what, now - started, now - changed))
+    return [results[ref] for ref in calls.values()]
+
+
+def _result(ref: ray.ObjectRef, process: Process, what: str) -> Any:
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, MilesError):
+            raise cause from None
+        raise error.as_instanceof_cause() from None
+    except ray.exceptions.RayActorError as error:
+        raise ProcessDied(
+            f"process {process.name}, got its end while the run waited for {what}: {_first_line(error)}; "
+            f"see {process.log}, which ends in:\n{tail(process.log)}"
+        ) from None
+
+
+def _report(processes: Sequence[Process], what: str, waited_s: float, still_s: float) -> str:
+    names = ", ".join(p.name for p in processes)
+    since = time.strftime("%H:%M:%S", time.localtime(time.time() - waited_s))
+    lines = [
+        f"wait for {what}, got nothing new from {names} for {still_s:.0f} s (waiting since {since}): "
+        f"it hangs, or --wait-timeout is too short for this run; the stacks of the other side follow"
+    ]
+    for process in processes:
+        try:
+            stacks = ray.get(process.handle.stacks.remote(), timeout=_STACKS_TIMEOUT_S)
+        except Exception as error:
+            stacks = f"(no answer within {_STACKS_TIMEOUT_S:.0f} s: {_first_line(error)}; the process is stopped or gone)\n{tail(process.log)}"
+        lines.append(f"--- {process.name} ({process.log})\n{stacks}")
+    return "\n".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
