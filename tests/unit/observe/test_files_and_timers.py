@@ -1,0 +1,69 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from miles.observe import RunDir, Timers, tail, write_atomic
+from miles.observe.display import step_line
+
+
+def test_write_atomic_replaces_whole_files_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "state.json"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_default_run_dirs_of_the_same_second_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    first = RunDir.default("a").create()
+    second = RunDir.default("a").create()
+    assert first.path != second.path
+    assert first.path.parent == tmp_path / "runs"
+
+
+def test_timers_add_up_and_start_anew_once_taken():
+    timers = Timers()
+    timers.add("train", 1.0)
+    timers.add("train", 0.5)
+    with timers.phase("wait"):
+        time.sleep(0.01)
+    taken = timers.take()
+    assert taken["perf/train_time"] == 1.5
+    assert 0.01 <= taken["perf/wait_time"] < 1
+    assert timers.take() == {}
+
+
+def test_a_phase_that_raises_is_still_counted():
+    timers = Timers()
+    with pytest.raises(ValueError), timers.phase("x"):
+        raise ValueError
+    assert "perf/x_time" in timers.take()
+
+
+def test_a_process_log_holds_logging_prints_and_native_output(tmp_path):
+    code = (
+        "import logging, os; from pathlib import Path; from miles.observe import open_process_log;"
+        f"open_process_log(Path({str(tmp_path)!r}), 'p');"
+        "logging.getLogger('a.b').info('logged'); print('printed', flush=True); os.write(2, b'native\\n')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    text = (tmp_path / "p.log").read_text()
+    assert "logged" in text
+    assert "printed" in text
+    assert "native" in text
+
+
+def test_tail_of_a_missing_log_does_not_raise(tmp_path):
+    assert "no log" in tail(tmp_path / "none.log")
+    (tmp_path / "l").write_text("\n".join(map(str, range(100))))
+    assert tail(tmp_path / "l", lines=2) == "98\n99"
+
+
+def test_step_line_shows_what_there_is():
+    line = step_line(3, 60, {"rollout/raw_reward": 0.5, "eval/addition": 0.91, "eval/addition/pass@4": 1.0})
+    assert line == "step 3/60  reward 0.500  eval/addition 0.910"

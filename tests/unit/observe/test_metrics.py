@@ -1,0 +1,66 @@
+import math
+
+import orjson
+
+from miles.observe import MetricsFile, Tracker
+
+
+def test_a_resumed_file_drops_the_lines_that_are_done_again_and_torn_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path)
+    for step in range(4):
+        first.log(step, {"train/loss": step / 2})
+    first.close()
+    with open(path, "ab") as f:
+        f.write(b'{"step":4,"train/lo')  # killed while writing
+
+    second = MetricsFile(path, first_step=2)
+    second.log(2, {"train/loss": 7.0})
+    second.close()
+
+    assert [(line["step"], line["train/loss"]) for line in MetricsFile.read(path)] == [(0, 0.0), (1, 0.5), (2, 7.0)]
+
+
+def test_a_torn_last_line_is_left_out_by_the_reader(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":0,"a":1}\n{"step":1,"a"')
+    assert MetricsFile.read(path) == [{"step": 0, "a": 1}]
+
+
+def test_non_finite_values_are_null_not_invalid_json(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.log(0, {"a": math.nan, "b": math.inf, "c": 1.5})
+    file.close()
+    assert orjson.loads((tmp_path / "m.jsonl").read_bytes()) == {"step": 0, "a": None, "b": None, "c": 1.5}
+
+
+def test_a_sink_that_raises_is_switched_off_and_the_others_go_on(tmp_path):
+    class Broken:
+        calls = 0
+
+        def log(self, step, metrics):
+            Broken.calls += 1
+            raise RuntimeError("tracker is down")
+
+        def close(self): ...
+
+    class Good:
+        def __init__(self):
+            self.seen = []
+
+        def log(self, step, metrics):
+            self.seen.append((step, dict(metrics)))
+
+        def close(self): ...
+
+    good = Good()
+    tracker = Tracker(MetricsFile(tmp_path / "m.jsonl"), [Broken(), good])
+    for step in range(3):
+        tracker.add({"x": step})
+        tracker.add({"x": step + 10, "y": 1})
+        tracker.flush(step)
+    tracker.close()
+
+    assert Broken.calls == 1
+    assert good.seen == [(s, {"x": s + 10, "y": 1}) for s in range(3)]
+    assert [line["x"] for line in MetricsFile.read(tmp_path / "m.jsonl")] == [10, 11, 12]
