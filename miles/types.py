@@ -210,8 +210,9 @@ class LossInputs:
 class LossOutputs:
     """`loss` is this micro-batch's term of the step's sum. Metrics are (kind, value) ready to be reduced over ranks.
 
-    kind `mean`: `value` is already weighted by `token_weight`, so a plain sum over ranks and micro-batches gives the
-    step's mean. kind `max`: the largest over all. kind `sum`: a count.
+    kind `mean`: `value` is already weighted by `token_weight`; summed over ranks and micro-batches, `finish_metrics` of
+    miles.algo divides it by the total weight of the rows that were scored (1 unless rows were skipped or the aggregation is
+    `constant`). kind `sum`: a plain total, of a count or of a term of the loss. kind `max`: the largest over all, >= 0.
     """
 
     loss: torch.Tensor
