@@ -42,6 +42,18 @@ class EngineError(MilesError, RuntimeError):
     """An engine answered with an error, died, or does not answer; the text names the engine."""
 
 
+class EngineRequestError(EngineError):
+    """The engine refused a request as wrong (HTTP 4xx); sending it again cannot help."""
+
+
+class EngineUnreachable(EngineError):
+    """No connection to the engine, or it broke off: the process died or its host is out of reach."""
+
+
+class EngineTimeout(EngineError, WaitTimeout):
+    """The engine took a request and did not answer within its limit."""
+
+
 class WeightUpdateError(EngineError):
     """A weight update failed; the engine stays paused and answers no generation until a whole update succeeds."""
 

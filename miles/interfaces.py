@@ -124,15 +124,38 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class BucketReceipt:
+    """What one `WeightTransport.send` did."""
+
+    checksums: dict[str, str]
+    """HF name -> checksum of the tensor as it was sent; every engine has answered with the same ones."""
+    nbytes: int
+    wire_s: float
+    """Seconds to put the bytes where the engines can read them."""
+    load_s: float
+    """Seconds until the slowest engine had loaded them."""
+
+
 class WeightTransport(Protocol):
     """Carries HF-named tensors from the trainer to all engines, one bucket at a time.
 
-    One instance serves one publication at a time and is reused. Peak extra memory is one bucket (two while the next one
-    is filled). `close` releases whatever the transport holds and may be called twice.
+    One instance serves one publication at a time and is reused. Peak extra memory is `depth` buckets. `close` releases
+    whatever the transport holds and may be called twice.
     """
 
-    async def send(self, tensors: Sequence[tuple[str, torch.Tensor]], engines: Sequence[Engine]) -> None:
-        """Returns once every engine has loaded the bucket and the sender's memory may be written again."""
+    @property
+    def depth(self) -> int:
+        """How many calls of `send` may overlap: 1, or 2 where a bucket can be filled while the last one loads."""
+        ...
+
+    async def send(self, tensors: Sequence[tuple[str, torch.Tensor]], engines: Sequence[Engine]) -> BucketReceipt:
+        """Returns once every engine has loaded the bucket and the sender's memory may be written again.
+
+        The tensors are ready to be read: work on their device that makes them has ended. Engines load overlapping
+        buckets in the order of the calls. Raises `WeightUpdateError` naming engine and tensor, after every engine has
+        answered.
+        """
         ...
 
     def close(self) -> None: ...
@@ -176,6 +199,7 @@ Reduce = Callable[["torch.Tensor"], "torch.Tensor"]
 
 __all__ = [
     "Args",
+    "BucketReceipt",
     "DataSource",
     "DynamicFilterOutput",
     "Engine",

@@ -1,0 +1,249 @@
+"""New weights to every engine, all or nothing.
+
+    pause all -> bucket, bucket, ... -> checksums -> version -> continue all
+                  |  gather (a thread: collectives of all ranks)
+                  |  wire   (into shared memory, or whatever the transport uses)
+                  |  load   (the engines)          the next bucket is gathered meanwhile
+
+Consumes `Trainer.named_weights()` on the main rank while the other ranks iterate theirs. After any failure the engines
+stay paused: no request is ever answered with half-updated weights. The remaining weights are still consumed then, so
+that the other ranks get through their collectives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from miles.errors import WeightUpdateError
+from miles.interfaces import BucketReceipt, Engine, WeightTransport
+from miles.types import WeightVersion
+
+from .buckets import NamedTensor, iter_buckets
+from .checksum import verify_held
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PublishStats:
+    """What one publication took. Phases overlap, so together they may exceed `total_s`."""
+
+    version: WeightVersion
+    num_tensors: int
+    num_buckets: int
+    nbytes: int
+    total_s: float
+    pause_s: float
+    """Until every engine stood still."""
+    gather_s: float
+    """Waiting for `named_weights`: collectives and conversion to HF names."""
+    wire_s: float
+    load_s: float
+    check_s: float
+    """Comparing all tensors once more; 0 without `check_equal`."""
+
+    def metrics(self) -> dict[str, float]:
+        """`perf/update_weights_*`: seconds as `*_time`, and bytes."""
+        prefix = "perf/update_weights"
+        return {
+            f"{prefix}_time": self.total_s,
+            f"{prefix}_pause_time": self.pause_s,
+            f"{prefix}_gather_time": self.gather_s,
+            f"{prefix}_wire_time": self.wire_s,
+            f"{prefix}_load_time": self.load_s,
+            f"{prefix}_check_time": self.check_s,
+            f"{prefix}_bytes": float(self.nbytes),
+            f"{prefix}_buckets": float(self.num_buckets),
+        }
+
+
+async def publish(
+    named_weights: Iterator[NamedTensor],
+    engines: Sequence[Engine],
+    transport: WeightTransport,
+    version: WeightVersion,
+    buffer_bytes: int,
+    *,
+    check_equal: bool = False,
+) -> PublishStats:
+    """Returns once every engine serves `version`.
+
+    `check_equal` compares every parameter of every engine with what was sent before the version is set. Only names of
+    the HF checkpoint are sent: no output layer where it is tied to the embedding.
+    Raises `WeightUpdateError` naming version, bucket and engine; all engines then stay paused. An engine that holds the
+    version and does not continue is an `EngineError`.
+    """
+    started = time.perf_counter()
+    with _Gatherer(named_weights, buffer_bytes) as gatherer:
+        try:
+            stats = await _update(gatherer, engines, transport, version, check_equal)
+        except Exception as error:
+            await gatherer.drain()
+            raise WeightUpdateError(
+                f"weights of version {version}, {error}; every engine stays paused until a whole update succeeds"
+            ) from error
+    # Every engine holds the whole version by now; one that does not continue is broken, and its update is not.
+    await _on_all(engines, lambda engine: engine.resume())
+    stats = dataclasses.replace(stats, total_s=time.perf_counter() - started)
+    logger.info("published %s", stats)
+    return stats
+
+
+async def _update(
+    gatherer: _Gatherer,
+    engines: Sequence[Engine],
+    transport: WeightTransport,
+    version: WeightVersion,
+    check_equal: bool,
+) -> PublishStats:
+    """Everything up to the version: engines hold it whole and are still paused."""
+    started = time.perf_counter()
+    await _on_all(engines, lambda engine: engine.pause())
+    paused = time.perf_counter()
+
+    receipts = await _send_all(gatherer, engines, transport)
+    checksums = _merge(receipts)
+
+    check_started = time.perf_counter()
+    if check_equal:
+
+        async def check(engine: Engine) -> None:
+            verify_held(engine.name, checksums, await engine.checksums())
+
+        await _on_all(engines, check)
+    checked = time.perf_counter()
+
+    await _on_all(engines, lambda engine: engine.set_version(version))
+    return PublishStats(
+        version=version,
+        num_tensors=len(checksums),
+        num_buckets=len(receipts),
+        nbytes=sum(receipt.nbytes for receipt in receipts),
+        total_s=time.perf_counter() - started,
+        pause_s=paused - started,
+        gather_s=gatherer.seconds,
+        wire_s=sum(receipt.wire_s for receipt in receipts),
+        load_s=sum(receipt.load_s for receipt in receipts),
+        check_s=checked - check_started,
+    )
+
+
+async def _send_all(gatherer: _Gatherer, engines: Sequence[Engine], transport: WeightTransport) -> list[BucketReceipt]:
+    """All buckets, at most `transport.depth` of them alive at a time: being gathered, written or loaded."""
+    receipts: list[BucketReceipt] = []
+    sending: deque[asyncio.Task[BucketReceipt]] = deque()
+
+    async def finish_first() -> None:
+        # Shielded, and left in the queue until it is done: a thread may be writing and engines reading the transport's
+        # memory until a send ends, also when this publication is cancelled.
+        receipts.append(await asyncio.shield(sending[0]))
+        sending.popleft()
+
+    try:
+        while True:
+            if len(sending) == transport.depth:
+                await finish_first()
+            bucket = await gatherer.next_bucket(len(receipts) + len(sending))
+            if not bucket:
+                break
+            number = len(receipts) + len(sending)
+            sending.append(asyncio.create_task(_send(number, bucket, engines, transport)))
+            del bucket
+        while sending:
+            await finish_first()
+    finally:
+        await asyncio.gather(*sending, return_exceptions=True)
+    return receipts
+
+
+async def _send(
+    number: int, bucket: list[NamedTensor], engines: Sequence[Engine], transport: WeightTransport
+) -> BucketReceipt:
+    span = f"bucket {number} ({bucket[0][0]} to {bucket[-1][0]})"
+    sending = transport.send(bucket, engines)
+    del bucket
+    try:
+        return await sending
+    except Exception as error:
+        raise WeightUpdateError(f"{span}: {error or type(error).__name__}") from error
+
+
+def _merge(receipts: Sequence[BucketReceipt]) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    for receipt in receipts:
+        if twice := merged.keys() & receipt.checksums.keys():
+            raise WeightUpdateError(f"got {min(twice)} twice: two parameters map to one HF name; check --model-name")
+        merged.update(receipt.checksums)
+    if not merged:
+        raise WeightUpdateError("got no tensors: the trainer has no weights to publish; check --model-name")
+    return merged
+
+
+async def _on_all(engines: Sequence[Engine], call: Callable[[Engine], Awaitable[None]]) -> None:
+    """All engines at once; waits for all of them, then raises the first failure."""
+    outcomes = await asyncio.gather(*(call(engine) for engine in engines), return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+class _Gatherer:
+    """Iterates the trainer's weights in one thread of its own, so that requests go on while a bucket is gathered.
+
+    The thread works on the CUDA device of the thread that made the gatherer; both are per thread in torch.
+    """
+
+    def __init__(self, named_weights: Iterator[NamedTensor], buffer_bytes: int) -> None:
+        self._named = named_weights
+        self._buckets = iter_buckets(named_weights, buffer_bytes)
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1, "gather-weights", _use_device, (device,))
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Gatherer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._thread.shutdown()
+
+    async def next_bucket(self, number: int) -> list[NamedTensor]:
+        """The next bucket, its tensors ready to be read; empty at the end."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._next)
+        except Exception as error:
+            raise WeightUpdateError(
+                f"bucket {number}, got {type(error).__name__} while it was gathered: {error}"
+            ) from error
+
+    async def drain(self) -> None:
+        """Consumes what is left; what goes wrong now is logged, since it follows from an earlier error."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._drain)
+        except Exception:
+            logger.warning("the remaining weights could not be gathered", exc_info=True)
+
+    def _next(self) -> list[NamedTensor]:
+        started = time.perf_counter()
+        bucket = next(self._buckets, [])
+        for device in {tensor.device for _, tensor in bucket if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        self.seconds += time.perf_counter() - started
+        return bucket
+
+    def _drain(self) -> None:
+        for _ in self._named:
+            pass
+
+
+def _use_device(device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
