@@ -1,0 +1,69 @@
+"""Configuration: flags, files and checkpoints in, one frozen `Config` out, with the origin of every value.
+
+Importing this room imports neither torch nor ray nor transformers: `--help` answers at once.
+"""
+
+from .args_view import ArgsView, args_view
+from .budget import budget_table, trainer_world_size
+from .derive import derive_num_rollout
+from .eval_datasets import EvalDataset, eval_datasets
+from .groups import (
+    CkptArgs,
+    ClusterArgs,
+    Config,
+    DebugArgs,
+    EvalArgs,
+    GrpoArgs,
+    ModelArgs,
+    OptimizerArgs,
+    PerfArgs,
+    RolloutArgs,
+    SglangArgs,
+    TrackingArgs,
+)
+from .hooks import absolute_hook, load_hook, load_module
+from .platform import Platform, detect_platform
+from .plugins import import_plugins
+from .problem import Problem, nearest, raise_if, suggestion
+from .resolution import NotInEffect, Resolution, make_config, resolve
+from .serialize import config_from_dict, config_to_dict
+from .source import Source
+
+__all__ = [
+    "ArgsView",
+    "CkptArgs",
+    "ClusterArgs",
+    "Config",
+    "DebugArgs",
+    "EvalArgs",
+    "EvalDataset",
+    "GrpoArgs",
+    "ModelArgs",
+    "NotInEffect",
+    "OptimizerArgs",
+    "PerfArgs",
+    "Platform",
+    "Problem",
+    "Resolution",
+    "RolloutArgs",
+    "SglangArgs",
+    "Source",
+    "TrackingArgs",
+    "absolute_hook",
+    "args_view",
+    "budget_table",
+    "config_from_dict",
+    "config_to_dict",
+    "derive_num_rollout",
+    "detect_platform",
+    "eval_datasets",
+    "import_plugins",
+    "load_hook",
+    "load_module",
+    "make_config",
+    "nearest",
+    "raise_if",
+    "resolve",
+    "suggestion",
+    "trainer_world_size",
+]

@@ -1,0 +1,215 @@
+"""Fills in what was not given: from config.json, from other flags, from the machine. Each step is one function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from miles.errors import ConfigError
+
+from .batch_sizes import BatchSizes, solve_batch_sizes
+from .fields import build_config, fields, show
+from .groups import Config
+from .hf import model_values, read_hf_config
+from .hooks import absolute_hook
+from .platform import Platform
+from .problem import Problem
+from .source import DEFAULT, Source
+
+#: MODEL flags that may differ from config.json: they are choices, not shapes of the checkpoint's tensors.
+FREE_MODEL_FLAGS = frozenset({"seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"})
+
+
+@dataclass
+class Draft:
+    """A configuration in the making: flat values, where each came from, and what was found wrong on the way."""
+
+    values: dict[str, Any]
+    sources: dict[str, Source]
+    platform: Platform
+    problems: list[Problem | str] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, given: dict[str, Any], sources: dict[str, Source], platform: Platform) -> Draft:
+        values = {name: given.get(name, f.default) for name, f in fields().items()}
+        return cls(values, {name: sources.get(name, DEFAULT) for name in fields()}, platform)
+
+    def fill(self, name: str, value: Any, origin: str | Source) -> None:
+        """Sets an unset value; `origin` is what it was derived from."""
+        if self.values[name] is None and value is not None:
+            self.put(name, value, origin)
+
+    def put(self, name: str, value: Any, origin: str | Source) -> None:
+        self.values[name] = value
+        self.sources[name] = origin if isinstance(origin, Source) else Source("derived", origin)
+
+    def config(self) -> Config:
+        return build_config(self.values)
+
+
+def derive(draft: Draft) -> Draft:
+    """Runs every step in order; a later one may use what an earlier one filled in."""
+    for step in STEPS:
+        step(draft)
+    return draft
+
+
+def _model(draft: Draft) -> None:
+    directory = draft.values["hf_checkpoint"]
+    if directory is None:
+        return
+    try:
+        hf = read_hf_config(directory)
+        shape = model_values(hf, where=directory)
+    except ConfigError as error:
+        draft.problems.append(str(error))
+        return
+    source = Source("config.json", f"{directory}/config.json")
+    draft.fill("model_name", hf["model_type"], source)
+    for name, value in shape.items():
+        given = draft.values[name]
+        if given is not None and name not in FREE_MODEL_FLAGS and not _equal(given, value):
+            flag = fields()[name].flag
+            why = f"{directory}/config.json says {show(value)}"
+            draft.problems.append(
+                Problem(flag, show(given), why, f"leave {flag} out, or give the checkpoint it describes")
+            )
+        draft.fill(name, value, source)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) else bool(a == b)
+
+
+def _vocabulary_padding(draft: Draft) -> None:
+    draft.fill(
+        "make_vocab_size_divisible_by", 128 if draft.platform.has_gpu else 1, f"the {draft.platform.device} device"
+    )
+
+
+def _batch_sizes(draft: Draft) -> None:
+    names = list(vars(BatchSizes()))
+    solved = solve_batch_sizes(BatchSizes(**{name: draft.values[name] for name in names}))
+    if isinstance(solved, Problem):
+        if any(draft.values[name] is not None for name in names):
+            draft.problems.append(solved)
+        return
+    known = ", ".join(fields()[name].flag for name in names if draft.values[name] is not None)
+    for name, value in vars(solved).items():
+        draft.fill(name, value, known)
+
+
+def _lengths(draft: Draft) -> None:
+    v = draft.values
+    limit, engine_limit = v["max_position_embeddings"], v["sglang_args"].get("context_length")
+    if isinstance(engine_limit, int) and (limit is None or engine_limit < limit):
+        draft.fill("rollout_max_context_len", engine_limit, "--sglang-context-length")
+    draft.fill("rollout_max_context_len", limit, "--max-position-embeddings")
+    draft.fill("rollout_max_response_len", v["rollout_max_context_len"], "--rollout-max-context-len")
+    if v["rollout_max_context_len"] is not None:
+        # A prompt that fills the context leaves no room for one token.
+        draft.fill("rollout_max_prompt_len", v["rollout_max_context_len"] - 1, "--rollout-max-context-len")
+    draft.fill("seq_length", v["rollout_max_context_len"], "--rollout-max-context-len")
+
+
+def _sampling(draft: Draft) -> None:
+    v = draft.values
+    draft.fill("over_sampling_batch_size", v["rollout_batch_size"], "--rollout-batch-size")
+    for name in ("temperature", "top_p", "top_k", "max_response_len"):
+        draft.fill(f"eval_{name}", v[f"rollout_{name}"], fields()[f"rollout_{name}"].flag)
+
+
+def _loss(draft: Draft) -> None:
+    v = draft.values
+    draft.fill("eps_clip_high", v["eps_clip"], "--eps-clip")
+    if v["calculate_per_token_loss"]:
+        draft.fill("loss_aggregation", "token_mean", "--calculate-per-token-loss")
+    draft.fill("loss_aggregation", "seq_mean", "--advantage-estimator")
+    if v["loss_aggregation"] == "constant":
+        draft.fill("loss_constant_length", v["rollout_max_response_len"], "--rollout-max-response-len")
+
+
+def _schedule(draft: Draft) -> None:
+    v = draft.values
+    if v["num_rollout"] is not None and v["num_steps_per_rollout"] is not None:
+        steps = v["num_rollout"] * v["num_steps_per_rollout"]
+        draft.fill("lr_decay_iters", steps, "--num-rollout and --num-steps-per-rollout")
+    elif v["num_epoch"] is not None:
+        # Known when the prompts are; see `derive_num_rollout`.
+        for name in ("num_rollout", "lr_decay_iters"):
+            if v[name] is None:
+                draft.sources[name] = Source("derived", "--num-epoch and the number of prompts")
+
+
+def _ranks(draft: Draft) -> None:
+    v, machine = draft.values, draft.platform
+    if machine.has_gpu:
+        draft.fill("actor_num_gpus_per_node", 8, "the GPU machine")
+    draft.fill("actor_num_gpus_per_node", 1, "the CPU machine")
+    actors = v["actor_num_nodes"] * v["actor_num_gpus_per_node"]
+    if v["colocate"]:
+        draft.fill("rollout_num_gpus", actors, "--colocate")
+    draft.fill("rollout_num_gpus", v["rollout_num_gpus_per_engine"], "--rollout-num-gpus-per-engine, one engine")
+
+
+def _automatic(draft: Draft) -> None:
+    v, device = draft.values, draft.platform.device
+    if v["rollout_engine"] == "auto":
+        draft.put("rollout_engine", "embedded", "what is built")
+    if v["distributed_backend"] == "auto":
+        draft.put("distributed_backend", "nccl" if device == "cuda" else "gloo", f"the {device} device")
+
+
+def _debug(draft: Draft) -> None:
+    if draft.values["load_debug_rollout_data"] is not None and not draft.values["debug_train_only"]:
+        draft.put("debug_train_only", True, "--load-debug-rollout-data")
+
+
+def _absolute_hooks(draft: Draft) -> None:
+    """Hooks and plugins in files get absolute paths: worker processes may have another working directory."""
+    for name in fields():
+        if name.startswith("custom_") or name.endswith("_filter_path"):
+            path = draft.values[name]
+            if path is not None:
+                draft.values[name] = absolute_hook(path)
+    draft.values["plugin"] = tuple(absolute_hook(p) for p in draft.values["plugin"])
+
+
+STEPS: tuple[Callable[[Draft], None], ...] = (
+    _model,
+    _vocabulary_padding,
+    _batch_sizes,
+    _lengths,
+    _sampling,
+    _loss,
+    _schedule,
+    _ranks,
+    _automatic,
+    _debug,
+    _absolute_hooks,
+)
+
+
+def derive_num_rollout(config: Config, num_prompts: int) -> Config:
+    """`config` with --num-rollout (and --lr-decay-iters) from --num-epoch and the number of prompts, where it is unset.
+
+    The passes over the prompts follow each other without a gap; the rollouts are those that they fill. Raises
+    `ConfigError` when they do not fill one.
+    """
+    rollout = config.rollout
+    if rollout.num_rollout is not None or rollout.num_epoch is None:
+        return config
+    assert rollout.rollout_batch_size is not None
+    num_rollout = rollout.num_epoch * num_prompts // rollout.rollout_batch_size
+    if num_rollout == 0:
+        raise ConfigError(
+            f"--num-epoch, got {rollout.num_epoch}: {num_prompts} prompts a pass do not fill one rollout of "
+            f"--rollout-batch-size {rollout.rollout_batch_size}; raise --num-epoch or lower --rollout-batch-size"
+        )
+    derived = replace(config, rollout=replace(rollout, num_rollout=num_rollout))
+    if config.optimizer.lr_decay_iters is None and rollout.num_steps_per_rollout is not None:
+        optimizer = replace(derived.optimizer, lr_decay_iters=num_rollout * rollout.num_steps_per_rollout)
+        derived = replace(derived, optimizer=optimizer)
+    return derived

@@ -1,0 +1,161 @@
+"""`--sglang-*` flags: which ones an engine honours, which have nothing to act on, which cannot be accepted.
+
+With sglang installed and chosen, the names are those of its own ServerArgs. The embedded engine knows the names below.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from .groups import Config
+from .problem import Problem, suggestion
+
+#: honoured: passed on. hardware: performance of a GPU server; the embedded engine has nothing that it could act on.
+#: Any other text is why the flag is an error: it would change samples, or Miles itself sets it.
+Effect = Literal["honoured", "hardware"] | str
+
+_OURS = "Miles sets it itself"
+
+EMBEDDED_ENGINE_ARGS: Mapping[str, Effect] = {
+    **dict.fromkeys(
+        [
+            "context_length",
+            "dtype",
+            "enable_deterministic_inference",
+            "log_level",
+            "max_running_requests",
+            "max_total_tokens",
+            "num_threads",
+            "random_seed",
+            "served_model_name",
+        ],
+        "honoured",
+    ),
+    **dict.fromkeys(
+        [
+            "attention_backend",
+            "chunked_prefill_size",
+            "cuda_graph_bs",
+            "cuda_graph_max_bs",
+            "decode_attention_backend",
+            "decode_log_interval",
+            "disable_cuda_graph",
+            "disable_cuda_graph_padding",
+            "disable_custom_all_reduce",
+            "disable_overlap_schedule",
+            "disable_radix_cache",
+            "enable_flashinfer_allreduce_fusion",
+            "enable_memory_saver",
+            "enable_metrics",
+            "enable_mixed_chunk",
+            "enable_nccl_nvls",
+            "enable_p2p_check",
+            "enable_symm_mem",
+            "enable_torch_compile",
+            "fp8_gemm_backend",
+            "grammar_backend",
+            "max_prefill_tokens",
+            "max_queued_requests",
+            "mem_fraction_static",
+            "nccl_port",
+            "num_continuous_decode_steps",
+            "page_size",
+            "prefill_attention_backend",
+            "sampling_backend",
+            "schedule_conservativeness",
+            "schedule_policy",
+            "sleep_on_idle",
+            "stream_interval",
+            "torch_compile_max_bs",
+            "watchdog_timeout",
+        ],
+        "hardware",
+    ),
+    "api_key": _OURS + ", a new one for each run",
+    "admin_api_key": _OURS + ", a new one for each run",
+    "base_gpu_id": _OURS + " from the placement",
+    "device": _OURS + " from the placement",
+    "host": _OURS + ": engines listen on loopback",
+    "model_path": _OURS + " from --hf-checkpoint",
+    "nnodes": _OURS + " from --rollout-num-gpus-per-engine",
+    "port": _OURS + ", a free one for each engine",
+    "skip_tokenizer_init": _OURS,
+    "tokenizer_path": _OURS + " from --hf-checkpoint",
+    "tp_size": _OURS + " from --rollout-num-gpus-per-engine",
+    "trust_remote_code": "code of a checkpoint is never run",
+    "weight_version": _OURS + " with every weight update",
+    "chat_template": "prompts are rendered before they reach the engine",
+    "dp_size": "the embedded engine is one process; --rollout-num-gpus makes more engines",
+    "ep_size": "the embedded engine has no mixture-of-experts models yet",
+    "enable_dp_attention": "the embedded engine is one process",
+    "enable_lora": "adapters are not built yet",
+    "enable_return_routed_experts": "the embedded engine has no mixture-of-experts models yet",
+    "json_model_override_args": "it would change the model under the trainer",
+    "kv_cache_dtype": "it would change samples, and the embedded engine keeps its cache in the model's dtype",
+    "load_format": "it would load other weights, and the embedded engine reads safetensors",
+    "pp_size": "the embedded engine is one process",
+    "preferred_sampling_params": "it would change samples; the ROLLOUT flags set sampling",
+    "quantization": "it would change samples, and the embedded engine does not quantise",
+    "rl_on_policy_target": "it would change log-probs, and the embedded engine has one path only",
+    "speculative_algorithm": "the embedded engine does not speculate",
+    "speculative_draft_model_path": "the embedded engine does not speculate",
+    "speculative_eagle_topk": "the embedded engine does not speculate",
+    "speculative_num_draft_tokens": "the embedded engine does not speculate",
+    "speculative_num_steps": "the embedded engine does not speculate",
+    "torchao_config": "it would change samples, and the embedded engine does not quantise",
+}
+
+#: SGLang's attention backends under which --enable-deterministic-inference works.
+DETERMINISTIC_BACKENDS = ("fa3", "flashinfer", "triton")
+
+
+def engine_flag(name: str) -> str:
+    """`mem_fraction_static` -> `--sglang-mem-fraction-static`."""
+    return "--sglang-" + name.replace("_", "-")
+
+
+def check_engine_args(config: Config) -> Iterator[Problem]:
+    """What is wrong with the `--sglang-*` flags for the engine that was chosen."""
+    args = config.sglang.sglang_args
+    if config.cluster.rollout_engine == "sglang":
+        yield from _check_against_sglang(args)
+        return
+    known = sorted(name for name, effect in EMBEDDED_ENGINE_ARGS.items() if effect in ("honoured", "hardware"))
+    for name, value in args.items():
+        effect = EMBEDDED_ENGINE_ARGS.get(name)
+        if effect is None:
+            fix = suggestion(name, known, otherwise=f"it honours {', '.join(_honoured())}")
+            yield Problem(engine_flag(name), value, "the embedded engine has no such argument", fix.replace("_", "-"))
+        elif effect not in ("honoured", "hardware"):
+            yield Problem(engine_flag(name), value, effect, "leave it out")
+
+
+def engine_args_not_in_effect(config: Config) -> Iterator[tuple[str, Any]]:
+    """(flag, value) of engine flags that the embedded engine has nothing to act on with."""
+    if config.cluster.rollout_engine != "sglang":
+        for name, value in config.sglang.sglang_args.items():
+            if EMBEDDED_ENGINE_ARGS.get(name) == "hardware":
+                yield engine_flag(name), value
+
+
+def _honoured() -> list[str]:
+    return sorted(name for name, effect in EMBEDDED_ENGINE_ARGS.items() if effect == "honoured")
+
+
+def _check_against_sglang(args: Mapping[str, Any]) -> Iterator[Problem]:
+    """Names against ServerArgs, where sglang is installed; where it is not, the engines room says so."""
+    if not args or importlib.util.find_spec("sglang") is None:
+        return
+    import dataclasses
+
+    server_args = importlib.import_module("sglang.srt.server_args").ServerArgs
+    known = [f.name for f in dataclasses.fields(server_args)]
+    for name, value in args.items():
+        if name not in known:
+            fix = suggestion(name, known, otherwise="see `python -m sglang.launch_server --help`")
+            yield Problem(engine_flag(name), value, "the installed sglang has no such argument", fix.replace("_", "-"))
+        elif EMBEDDED_ENGINE_ARGS.get(name, "").startswith(_OURS):
+            yield Problem(engine_flag(name), value, EMBEDDED_ENGINE_ARGS[name], "leave it out")

@@ -1,0 +1,134 @@
+"""The one way to a configuration: words and files in, a frozen and checked `Config` with the origin of each value out.
+
+argv ──┐
+file ──┼─ given values ── derive ── rules ── Resolution
+HF   ──┘  (command line over file over config.json over default)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .command_line import Action, parse
+from .config_file import read_config_file
+from .derive import Draft, derive
+from .engine_args import engine_args_not_in_effect
+from .fields import coerce_all, fields, flatten, group_types, show
+from .groups import Config
+from .platform import Platform, detect_platform
+from .problem import raise_if
+from .rules import Facts, check_rules, warnings
+from .source import COMMAND_LINE, Source
+
+
+@dataclass(frozen=True)
+class NotInEffect:
+    """A flag that is valid and has nothing to act on here: it changes speed or memory of another kind of machine."""
+
+    flag: str
+    value: Any
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.flag} {show(self.value)} ({self.why})"
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A resolved configuration and how it came about."""
+
+    config: Config
+    sources: Mapping[str, Source]
+    """Flat field name -> where its value came from; every field is there."""
+    action: Action
+    not_in_effect: tuple[NotInEffect, ...]
+    warnings: tuple[str, ...]
+    """Allowed, and probably not meant."""
+    platform: Platform
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.platform.has_gpu
+
+    def describe(self) -> str:
+        """What `--print-config` prints: every flag by group, its value, and where it came from."""
+        values = flatten(self.config)
+        width = max(map(len, fields()))
+        lines: list[str] = []
+        for group in group_types():
+            lines += ["", f"{group}:"]
+            lines += [
+                f"  {name:{width}}  {show(values[name]):<28}  {self.sources[name]}"
+                for name, field in fields().items()
+                if field.group == group
+            ]
+        if self.not_in_effect:
+            lines += ["", f"not in effect on {self.platform.device}:", *(f"  {item}" for item in self.not_in_effect)]
+        if self.warnings:
+            lines += ["", "warnings:", *(f"  {text}" for text in self.warnings)]
+        return "\n".join(lines[1:])
+
+
+def resolve(argv: Sequence[str] | None = None, *, platform: Platform | None = None) -> Resolution:
+    """Reads `argv` (default: `sys.argv[1:]`) and the files that it names. Prints nothing, except for `--help` (exit 0).
+
+    `platform` is the machine that defaults follow; found if not given. Raises `ConfigError` with every problem.
+    """
+    line = parse(sys.argv[1:] if argv is None else argv)
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
+    engine: dict[str, Any] = {}
+    if line.config_file is not None:
+        file = read_config_file(line.config_file)
+        values.update(file.values)
+        engine.update(file.engine)
+        sources.update({name: Source("file", f"{file.path}:{fields()[name].group}") for name in file.values})
+        if file.engine:
+            sources["sglang_args"] = Source("file", f"{file.path}:sglang")
+    engine.update(line.engine)
+    values.update(line.values)
+    sources.update(dict.fromkeys([*line.values, *(["sglang_args"] if line.engine else [])], COMMAND_LINE))
+    if engine:
+        values["sglang_args"] = {**values.get("sglang_args", {}), **engine}
+    return _finish(values, sources, line.action, platform or detect_platform(), launch=True)
+
+
+def make_config(*, platform: Platform | None = None, **flat: Any) -> Config:
+    """A resolved `Config` from flat field names, for tests and tools: `make_config(hf_checkpoint=d, rollout_batch_size=4)`.
+
+    Derivation and rules apply as for a run; what only a run needs (a checkpoint, prompts, a length) may be left out.
+    The machine is a CPU unless `platform` says otherwise. Raises `ConfigError`.
+    """
+    values, problems = coerce_all(flat)
+    raise_if(problems)
+    sources = dict.fromkeys(values, COMMAND_LINE)
+    return _finish(values, sources, "run", platform or Platform(), launch=False).config
+
+
+def _finish(
+    values: dict[str, Any], sources: dict[str, Source], action: Action, platform: Platform, *, launch: bool
+) -> Resolution:
+    draft = derive(Draft.start(values, sources, platform))
+    config = draft.config()
+    given = frozenset(name for name, source in draft.sources.items() if source.explicit)
+    raise_if([*draft.problems, *check_rules(Facts(config, given, platform), launch=launch)])
+    return Resolution(
+        config, dict(draft.sources), action, tuple(_not_in_effect(config, platform)), warnings(config), platform
+    )
+
+
+def _not_in_effect(config: Config, platform: Platform) -> list[NotInEffect]:
+    found = [
+        NotInEffect(flag, value, "the embedded engine has nothing like it")
+        for flag, value in engine_args_not_in_effect(config)
+    ]
+    if not platform.has_gpu:
+        if config.perf.attention_backend in ("flash", "fused"):
+            found.append(NotInEffect("--attention-backend", config.perf.attention_backend, "kernels of a GPU"))
+        if config.sglang.rollout_num_gpus_per_engine > 1:
+            value = config.sglang.rollout_num_gpus_per_engine
+            found.append(NotInEffect("--rollout-num-gpus-per-engine", value, "an engine is one process on a CPU"))
+    return found
