@@ -148,19 +148,20 @@ class Segment:
     def _reserve(self, nbytes: int) -> None:
         """Makes room. Addresses grow in powers of two and cost nothing; pages are backed as far as they are needed."""
         nbytes = max(nbytes, mmap.PAGESIZE)
-        if nbytes > len(self._bytes):
-            self.close()
-            self._open(1 << (nbytes - 1).bit_length())
-        if nbytes > self._backed_bytes:
-            # Asked for here, where running out is an error; on first touch it would be a SIGBUS, in us or in an engine.
-            try:
+        try:
+            if nbytes > len(self._bytes):
+                self.close()
+                self._open(1 << (nbytes - 1).bit_length())
+            if nbytes > self._backed_bytes:
+                # Asked for now, when running out is an error; on first touch it would be a SIGBUS, here or in an engine.
                 os.posix_fallocate(self._fd, 0, nbytes)
-            except OSError as error:
-                raise WeightUpdateError(
-                    f"shared memory for a weight bucket, got no {nbytes} bytes ({error.strerror}): /dev/shm or the memory "
-                    f"limit is too small; lower --update-weight-buffer-size or raise the limit"
-                ) from error
-            self._backed_bytes = nbytes
+                self._backed_bytes = nbytes
+        except OSError as error:
+            self.close()
+            raise WeightUpdateError(
+                f"shared memory for a weight bucket, got no {nbytes} bytes ({error.strerror}): the host's memory, or its "
+                f"limit, is too small; lower --update-weight-buffer-size or raise the limit"
+            ) from error
 
     def _open(self, nbytes: int) -> None:
         if self._anonymous:

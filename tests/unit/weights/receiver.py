@@ -1,0 +1,86 @@
+"""An engine's side of miles_shm, written from the protocol alone: opens the segment by path and copies what is listed."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import re
+
+import torch
+import xxhash
+
+from miles.errors import EngineError, WeightUpdateError
+
+SEGMENT = re.compile(r"/proc/\d+/fd/\d+|/dev/shm/miles-[\w-]+")
+
+
+class Receiver:
+    """Implements `miles.interfaces.Engine` in this process and keeps a record of the calls."""
+
+    def __init__(
+        self, name: str = "receiver-0", *, fail_on: str | None = None, corrupt: str | None = None, delay_s: float = 0.0
+    ):
+        self.name = name
+        self.fail_on, self.corrupt, self.delay_s = fail_on, corrupt, delay_s
+        self.calls: list[str] = []
+        self.held: dict[str, torch.Tensor] = {}
+        self.serving = True
+        self.live_version = "0"
+        self.loads = self.most_loads = 0
+        self.refuses_to_pause = False
+
+    async def health(self) -> None: ...
+
+    async def pause(self, mode: str = "abort") -> None:
+        self.calls.append("pause")
+        if self.refuses_to_pause:
+            raise EngineError(f"engine {self.name}: POST /pause_generation, got HTTP 500: no")
+        self.serving = False
+
+    async def resume(self) -> None:
+        self.calls.append("resume")
+        self.serving = True
+
+    async def update_weights(self, payload: dict) -> dict:
+        assert not self.serving, "weights may change only while the engine is paused"
+        assert payload["load_format"] == "miles_shm"
+        assert SEGMENT.fullmatch(payload["segment"])
+        self.calls.append("bucket")
+        self.loads += 1
+        self.most_loads = max(self.most_loads, self.loads)
+        await asyncio.sleep(self.delay_s)
+        checksums = {}
+        fd = os.open(payload["segment"], os.O_RDONLY)
+        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as memory:
+            for entry in payload["tensors"]:
+                if entry["name"] == self.fail_on:
+                    self.loads -= 1
+                    os.close(fd)
+                    raise WeightUpdateError(f"engine {self.name}: HTTP 400: {entry['name']} has the wrong shape")
+                dtype = getattr(torch, entry["dtype"])
+                numel = int(torch.Size(entry["shape"]).numel())
+                raw = memory[entry["offset"] : entry["offset"] + numel * dtype.itemsize]
+                flat = torch.frombuffer(bytearray(raw), dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+                self.held[entry["name"]] = flat.reshape(entry["shape"])
+                checksums[entry["name"]] = self._checksum(entry["name"], raw)
+        os.close(fd)
+        self.loads -= 1
+        return {"success": True, "message": "", "checksums": checksums}
+
+    def _checksum(self, name: str, raw: bytes) -> str:
+        return "0" * 16 if name == self.corrupt else xxhash.xxh3_64_hexdigest(raw)
+
+    async def set_version(self, version: str) -> None:
+        self.calls.append(f"version {version}")
+        self.live_version = version
+
+    async def version(self) -> str:
+        return self.live_version
+
+    async def checksums(self) -> dict[str, str]:
+        self.calls.append("checksums")
+        return {
+            name: xxhash.xxh3_64_hexdigest(t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            for name, t in self.held.items()
+        }

@@ -1,0 +1,138 @@
+"""Publication: order, completeness, and what is left after a failure at each of its steps."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+from miles.errors import WeightUpdateError
+from miles.weights import SharedMemoryTransport, publish
+
+from .receiver import Receiver
+
+BUFFER_BYTES = 4 * 64
+
+
+class Weights:
+    """A stream of `count` tensors of 64 bytes that knows how far it was read, by which threads, and what is alive."""
+
+    def __init__(self, count: int = 10, *, fail_at: int | None = None, names: list[str] | None = None):
+        self.count, self.fail_at, self.names = count, fail_at, names
+        self.read = 0
+        self.threads: set[int] = set()
+        self.alive: list[weakref.ref] = []
+        self.most_alive = 0
+
+    def __iter__(self):
+        for i in range(self.count):
+            if i == self.fail_at:
+                raise RuntimeError("the gather broke")
+            self.threads.add(threading.get_ident())
+            tensor = torch.full((16,), float(i))
+            self.alive.append(weakref.ref(tensor))
+            self.most_alive = max(self.most_alive, sum(ref() is not None for ref in self.alive))
+            self.read += 1
+            yield (self.names[i] if self.names else f"t{i}"), tensor
+            del tensor
+
+
+@pytest.fixture
+def transport():
+    transport = SharedMemoryTransport()
+    yield transport
+    transport.close()
+
+
+async def test_order_and_figures(transport):
+    engines = [Receiver("a"), Receiver("b")]
+    stats = await publish(iter(Weights()), engines, transport, "7", BUFFER_BYTES, check_equal=True)
+    for engine in engines:
+        assert engine.calls == ["pause", "bucket", "bucket", "bucket", "checksums", "version 7", "resume"]
+        assert engine.serving
+        assert all(engine.held[f"t{i}"].eq(i).all() for i in range(10))
+    assert (stats.version, stats.num_tensors, stats.num_buckets, stats.nbytes) == ("7", 10, 3, 640)
+    metrics = stats.metrics()
+    assert metrics["perf/update_weights_bytes"] == 640
+    for phase in ("", "_gather", "_wire", "_load", "_check", "_pause"):
+        assert 0 < metrics[f"perf/update_weights{phase}_time"] < 10
+    assert metrics["perf/update_weights_time"] >= metrics["perf/update_weights_check_time"]
+
+
+async def test_weights_are_gathered_in_one_thread_and_no_more_than_two_buckets_live(transport):
+    weights = Weights(40)
+    await publish(iter(weights), [Receiver(delay_s=0.005)], transport, "1", BUFFER_BYTES)
+    gc.collect()
+    assert len(weights.threads) == 1
+    assert weights.threads != {threading.get_ident()}
+    assert weights.most_alive <= 2 * 4 + 1  # and the tensor that did not fit
+    assert not any(ref() is not None for ref in weights.alive)
+
+
+@pytest.mark.parametrize("bad", ["t0", "t5", "t9"])
+async def test_a_failed_load_leaves_all_paused_names_bucket_tensor_and_engine_and_drains_the_stream(transport, bad):
+    engines = [Receiver("engine-0"), Receiver("engine-1", fail_on=bad)]
+    weights = Weights()
+    with pytest.raises(WeightUpdateError) as caught:
+        await publish(iter(weights), engines, transport, "3", BUFFER_BYTES)
+    number = int(bad[1:]) // 4
+    assert str(caught.value).startswith(f"weights of version 3, bucket {number} (t{4 * number} to t")
+    assert f"engine-1: HTTP 400: {bad}" in str(caught.value)
+    assert "stays paused" in str(caught.value)
+    assert weights.read == 10  # other ranks take part in every gather
+    for engine in engines:
+        assert not engine.serving
+        assert "version 3" not in engine.calls
+
+    engines[1].fail_on = None
+    await publish(iter(Weights()), engines, transport, "4", BUFFER_BYTES)
+    assert all(engine.serving and engine.live_version == "4" for engine in engines)
+
+
+async def test_a_failed_gather_leaves_all_paused(transport):
+    engine = Receiver()
+    with pytest.raises(WeightUpdateError, match="bucket 1, got RuntimeError while it was gathered: the gather broke"):
+        await publish(iter(Weights(fail_at=6)), [engine], transport, "3", BUFFER_BYTES)
+    assert not engine.serving
+
+
+async def test_an_engine_that_does_not_pause_gets_no_weights_and_the_stream_is_drained(transport):
+    engines = [Receiver("a"), Receiver("b")]
+    engines[1].refuses_to_pause = True
+    weights = Weights()
+    with pytest.raises(WeightUpdateError, match=r"weights of version 3, engine b: POST /pause_generation"):
+        await publish(iter(weights), engines, transport, "3", BUFFER_BYTES)
+    assert weights.read == 10
+    assert engines[0].calls == ["pause"]
+
+
+async def test_one_name_twice_and_no_name_at_all_are_errors(transport):
+    with pytest.raises(WeightUpdateError, match="got t0 twice"):
+        await publish(iter(Weights(names=["t0"] * 10)), [Receiver()], transport, "3", BUFFER_BYTES)
+    with pytest.raises(WeightUpdateError, match="got no tensors"):
+        await publish(iter([]), [Receiver()], transport, "3", BUFFER_BYTES)
+
+
+async def test_check_equal_finds_what_changed_or_was_never_sent(transport):
+    class Overwrites(Receiver):
+        """Loads t1, then damages it while it loads t9, as fused parameters may."""
+
+        async def update_weights(self, payload):
+            reply = await super().update_weights(payload)
+            if "t9" in self.held:
+                self.held["t1"] += 1
+            return reply
+
+    with pytest.raises(WeightUpdateError, match="t1 on receiver-0"):
+        await publish(iter(Weights()), [Overwrites()], transport, "3", BUFFER_BYTES, check_equal=True)
+    await publish(iter(Weights()), [Overwrites()], transport, "3", BUFFER_BYTES)
+
+    engine = Receiver()
+    engine.held["stale.weight"] = torch.full((16,), 99.0)
+    with pytest.raises(WeightUpdateError, match=r"never sent, such as stale\.weight"):
+        await publish(iter(Weights()), [engine], transport, "3", BUFFER_BYTES, check_equal=True)
+    engine.held["stale.weight"] = torch.full((16,), 2.0)  # now an alias of t2, as a tied output layer is
+    await publish(iter(Weights()), [engine], transport, "3", BUFFER_BYTES, check_equal=True)
