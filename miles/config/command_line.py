@@ -11,10 +11,12 @@ and a recipe's arguments overridden by those typed after it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -110,7 +112,7 @@ def _take(scan: _Scan, typed: str, words: list[str]) -> Problem | None:
             return Problem(field.flag, _show(words), "it is a switch and takes no value", f"write {field.flag} or {no}")
         words = ["False" if negated else "True"]
     elif not words:
-        return Problem(field.flag, "no value", f"it takes {field.type_text}", f"write {field.flag} {_metavar(field)}")
+        return Problem(field.flag, "no value", "it takes one", f"write {field.flag} {_metavar(field)}")
     elif field.kind != "list" and len(words) > 1:
         return Problem(
             field.flag, _show(words), "it takes one value", "quote a value with spaces, give every flag its dashes"
@@ -181,12 +183,12 @@ def _misread(field: Field, words: Sequence[str]) -> Problem:
             return planned
         fix = suggestion(words[0], field.choices, otherwise=f"choose one of {', '.join(field.choices)}")
         return Problem(field.flag, _show(words), f"it takes one of {', '.join(field.choices)}", fix)
-    wanted = {"list": f"a list of {field.item_type}", "json": "a JSON object"}.get(field.kind, field.type_text)
-    examples = {int: "3", float: "0.5 or 1e-6", str: "text"}
-    example = """'{"key": 1}'""" if field.kind == "json" else examples.get(field.item_type, "")
-    wanted = (
-        wanted if field.kind == "json" else f"{'numbers' if field.kind == 'list' else 'a number'} ({field.type_text})"
-    )
+    if field.kind == "json":
+        wanted, example = "a JSON object", """'{"key": 1}'"""
+    else:
+        wanted, example = {int: ("whole numbers", "3"), float: ("numbers", "0.5 or 1e-6")}.get(
+            field.item_type, ("text", "text")
+        )
     return Problem(field.flag, _show(words), f"it takes {wanted}", f"write it like {field.flag} {example}")
 
 
@@ -196,25 +198,24 @@ def _try_tyro(words: Mapping[str, list[str]]) -> dict[str, Any] | None:
         field = fields()[name]
         if field.kind == "switch":
             argv.append(field.flag if given == ["True"] else "--no-" + field.flag.removeprefix("--"))
-        elif len(given) == 1:
-            argv.append(f"{field.flag}={given[0]}")
         else:
-            argv += [field.flag, *given]
+            # Words of a list travel as one word of JSON: they may begin with a dash.
+            argv.append(f"{field.flag}={json.dumps(given) if field.kind == 'list' else given[0]}")
     try:
-        parsed = _tyro(argv, quiet=True)
+        with contextlib.redirect_stderr(io.StringIO()):
+            parsed = _tyro(argv)
     except SystemExit:
         return None
     return {name: getattr(getattr(parsed, fields()[name].group.upper()), name) for name in words}
 
 
-def _tyro(argv: Sequence[str], *, quiet: bool = False) -> Any:
+def _tyro(argv: Sequence[str]) -> Any:
     return tyro.cli(
         _view(),
         prog="train.py",
         description="Reinforcement-learning post-training. Flags by group; what is unset is derived, see --print-config.",
         args=list(argv),
         config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=not quiet,
     )
 
 
@@ -227,7 +228,7 @@ def _view() -> type:
         ("dry_run", Annotated[bool, _arg(LAUNCH_HELP["dry_run"], ""), tyro.conf.FlagCreatePairsOff], False),
     ]
     sections: list[tuple[str, type]] = [
-        ("LAUNCH", _section("LaunchArgs", "LAUNCH: what to do with the configuration.", launch))
+        ("LAUNCH", _section("LaunchArgs", "LAUNCH: What to do with the configuration.", launch))
     ]
     for group, cls in group_types().items():
         members = [(f.name, _annotated(f), _placeholder(f)) for f in fields().values() if f.group == group]
@@ -247,29 +248,23 @@ def _arg(text: str, hint: str, metavar: str | None = None) -> Any:
 
 def _annotated(field: Field) -> Any:
     hint = f"(default: {field.default_text})" if field.default is not None else "(unset)"
-    extra: list[Any] = [_arg(field.help, hint, _metavar(field))]
+    markers: list[Any] = [_arg(field.help, hint, _metavar(field))]
     if field.kind == "json":
-        extra.append(_JSON)
-    return Annotated[(field.type, *extra)]
+        markers.append(_spec(dict, _json_object))
+    elif field.kind == "list":
+        markers.append(_spec(tuple, functools.partial(_json_list, field.item_type)))
+    return Annotated[(field.type, *markers)]
 
 
-def _metavar(field: Field) -> str | None:
-    if field.choices:
-        return "{" + ",".join(field.choices) + "}"
-    if field.kind == "switch":
-        return None
-    return {"list": f"{getattr(field.item_type, '__name__', '').upper()} ...", "json": "JSON"}.get(
-        field.kind, getattr(field.type, "__name__", "").upper()
+def _spec(kind: type, read: Callable[[list[str]], Any]) -> Any:
+    """How tyro reads a field that is one word of JSON."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [json.dumps(value)],
     )
-
-
-def _placeholder(field: Field) -> Any:
-    """What tyro holds for a flag that is not typed; never read. A factory, since it must have the field's type."""
-    if field.kind == "json":
-        return dataclasses.field(default_factory=dict)
-    if field.kind == "list":
-        return ()
-    return field.choices[0] if field.choices else field.type()
 
 
 def _json_object(words: list[str]) -> dict[str, Any]:
@@ -279,10 +274,20 @@ def _json_object(words: list[str]) -> dict[str, Any]:
     return value
 
 
-_JSON: Any = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="JSON",
-    instance_from_str=_json_object,
-    is_instance=lambda value: isinstance(value, dict),
-    str_from_instance=lambda value: [json.dumps(value)],
-)
+def _json_list(item_type: type, words: list[str]) -> tuple[Any, ...]:
+    return tuple(item_type(word) for word in json.loads(words[0]))
+
+
+def _metavar(field: Field) -> str | None:
+    if field.choices:
+        return "{" + ",".join(field.choices) + "}"
+    return None if field.kind == "switch" else field.type_text.upper()
+
+
+def _placeholder(field: Field) -> Any:
+    """What tyro holds for a flag that is not typed; it must have the field's type and is never read."""
+    if field.kind == "json":
+        return dataclasses.field(default_factory=dict)
+    if field.kind == "list":
+        return ()
+    return field.choices[0] if field.choices else field.type()

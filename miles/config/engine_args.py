@@ -8,32 +8,33 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 from .groups import Config
 from .problem import Problem, suggestion
 
-#: honoured: passed on. hardware: performance of a GPU server; the embedded engine has nothing that it could act on.
+#: `honoured`: passed on. `hardware`: performance of a GPU server; the embedded engine has nothing that it could act on.
 #: Any other text is why the flag is an error: it would change samples, or Miles itself sets it.
-Effect = Literal["honoured", "hardware"] | str
+Effect: TypeAlias = str
 
 _OURS = "Miles sets it itself"
 
+#: What the embedded engine honours: name -> type, or the choices.
+HONOURED: Mapping[str, type | tuple[str, ...]] = {
+    "context_length": int,
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "enable_deterministic_inference": bool,
+    "log_level": ("debug", "info", "warning", "error"),
+    "max_running_requests": int,
+    "max_total_tokens": int,
+    "num_threads": int,
+    "random_seed": int,
+    "served_model_name": str,
+}
+
+#: Every engine argument that is known, and what becomes of it.
 EMBEDDED_ENGINE_ARGS: Mapping[str, Effect] = {
-    **dict.fromkeys(
-        [
-            "context_length",
-            "dtype",
-            "enable_deterministic_inference",
-            "log_level",
-            "max_running_requests",
-            "max_total_tokens",
-            "num_threads",
-            "random_seed",
-            "served_model_name",
-        ],
-        "honoured",
-    ),
+    **dict.fromkeys(HONOURED, "honoured"),
     **dict.fromkeys(
         [
             "attention_backend",
@@ -123,14 +124,35 @@ def check_engine_args(config: Config) -> Iterator[Problem]:
     if config.cluster.rollout_engine == "sglang":
         yield from _check_against_sglang(args)
         return
-    known = sorted(name for name, effect in EMBEDDED_ENGINE_ARGS.items() if effect in ("honoured", "hardware"))
+    known = [name for name, effect in EMBEDDED_ENGINE_ARGS.items() if effect in ("honoured", "hardware")]
     for name, value in args.items():
         effect = EMBEDDED_ENGINE_ARGS.get(name)
         if effect is None:
-            fix = suggestion(name, known, otherwise=f"it honours {', '.join(_honoured())}")
+            fix = suggestion(name, known, otherwise=f"it honours {', '.join(HONOURED)}")
             yield Problem(engine_flag(name), value, "the embedded engine has no such argument", fix.replace("_", "-"))
         elif effect not in ("honoured", "hardware"):
             yield Problem(engine_flag(name), value, effect, "leave it out")
+        elif effect == "honoured":
+            yield from _check_value(name, value, HONOURED[name])
+
+
+def _check_value(name: str, value: Any, wanted: type | tuple[str, ...]) -> Iterator[Problem]:
+    if isinstance(wanted, tuple):
+        if value not in wanted:
+            yield Problem(engine_flag(name), value, "it is none of the choices", f"choose one of {', '.join(wanted)}")
+    elif type(value) is not wanted and wanted is not str:
+        text = "a switch and takes no value" if wanted is bool else "a whole number"
+        yield Problem(
+            engine_flag(name), value, f"it is {text}", f"write {engine_flag(name)}{'' if wanted is bool else ' N'}"
+        )
+
+
+def engine_server_args(config: Config) -> dict[str, Any]:
+    """The `--sglang-*` arguments that the chosen engine is started with: for the embedded one those that it honours."""
+    args = config.sglang.sglang_args
+    if config.cluster.rollout_engine == "sglang":
+        return dict(args)
+    return {name: value for name, value in args.items() if name in HONOURED}
 
 
 def engine_args_not_in_effect(config: Config) -> Iterator[tuple[str, Any]]:
@@ -139,10 +161,6 @@ def engine_args_not_in_effect(config: Config) -> Iterator[tuple[str, Any]]:
         for name, value in config.sglang.sglang_args.items():
             if EMBEDDED_ENGINE_ARGS.get(name) == "hardware":
                 yield engine_flag(name), value
-
-
-def _honoured() -> list[str]:
-    return sorted(name for name, effect in EMBEDDED_ENGINE_ARGS.items() if effect == "honoured")
 
 
 def _check_against_sglang(args: Mapping[str, Any]) -> Iterator[Problem]:

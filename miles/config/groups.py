@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """MODEL: the transformer's shape. All of it is derived from config.json; a flag that contradicts the checkpoint is an error."""
+    """MODEL: The transformer's shape. All of it is derived from config.json; a flag that contradicts the checkpoint is an error."""
 
     num_layers: int | None = None
     """Transformer layers."""
@@ -64,7 +64,7 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class CkptArgs:
-    """CKPT: where weights and state come from and go to."""
+    """CKPT: Where weights and state come from and go to."""
 
     hf_checkpoint: str | None = None
     """HF directory for engines, tokenizer and config."""
@@ -86,7 +86,7 @@ class CkptArgs:
 
 @dataclass(frozen=True)
 class RolloutArgs:
-    """ROLLOUT: prompts, sampling, rewards, batch sizes."""
+    """ROLLOUT: Prompts, sampling, rewards, batch sizes."""
 
     prompt_data: str | None = None
     """JSONL or parquet prompts; `path@[a:b]` takes a slice."""
@@ -127,11 +127,11 @@ class RolloutArgs:
     rollout_top_k: int = -1
     """Top-k; -1 is off."""
     rollout_max_prompt_len: int | None = None
-    """Drop prompts longer than this many tokens, at load."""
+    """Drop prompts longer than this many tokens, at load; defaults to what leaves room for one token."""
     rollout_max_response_len: int | None = None
-    """Most new tokens per response."""
+    """Most new tokens per response; defaults to what the context leaves."""
     rollout_max_context_len: int | None = None
-    """Most tokens of prompt and response together."""
+    """Most tokens of prompt and response together; defaults to what the model and the engine know."""
     rollout_stop: tuple[str, ...] | None = None
     """Stop strings."""
     rollout_stop_token_ids: tuple[int, ...] | None = None
@@ -168,7 +168,7 @@ class RolloutArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """EVAL: held-out scores; what is not given is inherited from ROLLOUT."""
+    """EVAL: Held-out scores; what is not given is inherited from ROLLOUT."""
 
     eval_interval: int | None = None
     """Rollouts between evaluations; also before the first and after the last."""
@@ -185,14 +185,14 @@ class EvalArgs:
     eval_max_response_len: int | None = None
     """Most new tokens."""
     eval_config: str | None = None
-    """YAML: a list `datasets` of {name, path, and any of the sampling, key and rm overrides}."""
+    """YAML: a list `datasets` of {name, path, and any of the sampling, length, key and reward overrides}; `defaults` for all of them."""
     skip_eval_before_train: bool = False
     """No evaluation before the first rollout."""
 
 
 @dataclass(frozen=True)
 class PerfArgs:
-    """PERF: how the work is cut."""
+    """PERF: How the work is cut."""
 
     use_dynamic_batch_size: bool = False
     """Fill micro-batches up to --max-tokens-per-gpu instead of --micro-batch-size rows."""
@@ -206,7 +206,7 @@ class PerfArgs:
 
 @dataclass(frozen=True)
 class GrpoArgs:
-    """GRPO: advantages, losses and corrections."""
+    """GRPO: Advantages, losses and corrections."""
 
     advantage_estimator: Literal["grpo"] = "grpo"
     """Advantage estimator."""
@@ -276,10 +276,10 @@ class OptimizerArgs:
 
 @dataclass(frozen=True)
 class SglangArgs:
-    """SGLANG: the rollout engines. Other --sglang-* flags pass through to the engine and are checked against it."""
+    """SGLANG: The rollout engines. Other --sglang-* flags pass through to the engine and are checked against it."""
 
     rollout_num_gpus: int | None = None
-    """GPUs (ranks, without a GPU) for all engines; with --colocate the trainer's."""
+    """GPUs (ranks, without a GPU) for all engines; unset it is one engine, with --colocate the trainer's GPUs."""
     rollout_num_gpus_per_engine: int = 1
     """GPUs of one engine (its tensor-parallel size)."""
     sglang_server_concurrency: int = 512
@@ -287,12 +287,12 @@ class SglangArgs:
     sglang_request_timeout: float = 600.0
     """Seconds for one generation request."""
     sglang_args: dict[str, Any] = field(default_factory=dict)
-    """The --sglang-* flags that were passed, by engine argument name; filled in by the command line."""
+    """Engine arguments by SGLang's names (JSON); every other --sglang-x VALUE adds one."""
 
 
 @dataclass(frozen=True)
 class ClusterArgs:
-    """CLUSTER: processes and where they run."""
+    """CLUSTER: Processes and where they run."""
 
     actor_num_nodes: int = 1
     """Trainer nodes."""
@@ -305,7 +305,7 @@ class ClusterArgs:
     train_backend: Literal["megatron"] = "megatron"
     """Trainer implementation."""
     rollout_engine: Literal["auto", "embedded", "sglang"] = "auto"
-    """Engine: auto takes sglang where a GPU and sglang are, else the embedded one."""
+    """Engine server. auto takes the embedded one, which serves Qwen2, Qwen3, Llama and Mistral models on CPU and GPU."""
     distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
     """torch.distributed backend of the trainers: gloo on CPU, nccl on GPU."""
     distributed_timeout_minutes: float = 10.0
@@ -328,7 +328,7 @@ class ClusterArgs:
 
 @dataclass(frozen=True)
 class TrackingArgs:
-    """TRACKING: what is shown and kept."""
+    """TRACKING: What is shown and kept."""
 
     run_name: str | None = None
     """Name in the run directory's default path."""
@@ -338,7 +338,7 @@ class TrackingArgs:
 
 @dataclass(frozen=True)
 class DebugArgs:
-    """DEBUG: run one half, keep and replay data, check equality."""
+    """DEBUG: Run one half, keep and replay data, check equality."""
 
     debug_rollout_only: bool = False
     """Generate and score, no trainer."""

@@ -125,10 +125,6 @@ def _not_in_effect(config: Config, platform: Platform) -> list[NotInEffect]:
         NotInEffect(flag, value, "the embedded engine has nothing like it")
         for flag, value in engine_args_not_in_effect(config)
     ]
-    if not platform.has_gpu:
-        if config.perf.attention_backend in ("flash", "fused"):
-            found.append(NotInEffect("--attention-backend", config.perf.attention_backend, "kernels of a GPU"))
-        if config.sglang.rollout_num_gpus_per_engine > 1:
-            value = config.sglang.rollout_num_gpus_per_engine
-            found.append(NotInEffect("--rollout-num-gpus-per-engine", value, "an engine is one process on a CPU"))
+    if not platform.has_gpu and config.perf.attention_backend in ("flash", "fused"):
+        found.append(NotInEffect("--attention-backend", config.perf.attention_backend, "kernels of a GPU"))
     return found

@@ -103,14 +103,14 @@ def ranges(facts: Facts) -> Iterator[Problem]:
     values = flatten(facts.config)
     for name, allowed in RANGES.items():
         value = values[name]
-        if value is not None and value not in allowed:
+        if name in facts.given and value is not None and value not in allowed:
             yield Problem(fields()[name].flag, show(value), f"it must be {allowed}", "choose such a value")
 
 
 def top_k(facts: Facts) -> Iterator[Problem]:
     for flag, value in (
         ("--rollout-top-k", facts.config.rollout.rollout_top_k),
-        ("--eval-top-k", facts.config.eval.eval_top_k),
+        ("--eval-top-k", facts.config.eval.eval_top_k if "eval_top_k" in facts.given else None),
     ):
         if value is not None and value != -1 and value < 1:
             yield Problem(flag, value, "it must be a number of tokens, or -1 for off", "give -1 or a number from 1 up")
