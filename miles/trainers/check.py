@@ -1,0 +1,130 @@
+"""What the trainers refuse before any process starts. Imports neither torch nor megatron."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from miles.config import Problem
+
+if TYPE_CHECKING:
+    from miles.config.groups import Config
+
+#: --attention-backend -> the package whose kernels it asks for.
+_KERNELS = {"flash": "flash_attn", "fused": "transformer_engine"}
+
+
+def check(config: Config) -> list[Problem]:
+    """Every reason for which the trainer could not start with this configuration."""
+    return [problem for rule in _RULES if (problem := rule(config)) is not None]
+
+
+def _spec_resolves(config: Config) -> Problem | None:
+    spec = config.model.spec
+    if spec is None:
+        return None
+    got = " ".join(spec)
+    if len(spec) != 2:
+        return Problem("--spec", got, "it takes a module and a name in it", "write --spec MODULE NAME")
+    try:
+        found = importlib.util.find_spec(spec[0])
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        return Problem(
+            "--spec", got, f"there is no module {spec[0]}", "check the path; it must be importable in every worker"
+        )
+    return None
+
+
+def _micro_batch_size(config: Config) -> Problem | None:
+    size = config.rollout.micro_batch_size
+    if size < 1:
+        return Problem("--micro-batch-size", size, "a micro-batch needs a row", "give 1 or more")
+    return None
+
+
+def _token_budget(config: Config) -> Problem | None:
+    budget = config.perf.max_tokens_per_gpu
+    if config.perf.use_dynamic_batch_size and budget is None:
+        return Problem(
+            "--use-dynamic-batch-size", None, "it needs a token budget to fill", "give --max-tokens-per-gpu N"
+        )
+    if budget is not None and budget < 1:
+        return Problem("--max-tokens-per-gpu", budget, "a micro-batch needs a token", "give 1 or more")
+    return None
+
+
+def _chunk_size(config: Config) -> Problem | None:
+    size = config.perf.log_probs_chunk_size
+    if size == -1 or size > 0:
+        return None
+    return Problem("--log-probs-chunk-size", size, "it counts tokens", "give 1 or more, or -1 for all at once")
+
+
+def _attention_kernels(config: Config) -> Problem | None:
+    backend = config.perf.attention_backend
+    package = _KERNELS.get(backend)
+    if package is None or not _has_gpu() or importlib.util.find_spec(package) is not None:
+        return None
+    return Problem(
+        "--attention-backend",
+        backend,
+        f"{package} is not installed",
+        f"install it (pip install 'miles[{package.replace('_', '-')}]'), or take auto or local",
+    )
+
+
+def _nccl_needs_gpu(config: Config) -> Problem | None:
+    if config.cluster.distributed_backend != "nccl" or _has_gpu():
+        return None
+    return Problem("--distributed-backend", "nccl", "this machine has no GPU", "take gloo or auto")
+
+
+def _linear_biases(config: Config) -> Problem | None:
+    if config.model.disable_bias_linear is False:
+        return Problem(
+            "--no-disable-bias-linear",
+            None,
+            "no model that can be loaded here has biases in all linear layers",
+            "leave it out; --add-qkv-bias is for the Qwen2 kind",
+        )
+    return None
+
+
+def _norm_epsilon(config: Config) -> Problem | None:
+    epsilon = config.model.norm_epsilon
+    if epsilon is not None and epsilon < 0:
+        return Problem("--norm-epsilon", epsilon, "it is added to a variance", "give 0 or more")
+    return None
+
+
+def _learning_rates(config: Config) -> Problem | None:
+    args = config.optimizer
+    if args.min_lr > args.lr:
+        return Problem(
+            "--min-lr", args.min_lr, f"it is above --lr {args.lr}, where decay begins", "lower it, or raise --lr"
+        )
+    return None
+
+
+def _has_gpu() -> bool:
+    """A GPU of this machine, without importing torch."""
+    from pathlib import Path
+
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+_RULES: tuple[Callable[[Config], Problem | None], ...] = (
+    _spec_resolves,
+    _micro_batch_size,
+    _token_budget,
+    _chunk_size,
+    _attention_kernels,
+    _nccl_needs_gpu,
+    _linear_biases,
+    _norm_epsilon,
+    _learning_rates,
+)

@@ -1,0 +1,272 @@
+"""Self-attention over packed sequences: rotary positions and a causal core, without any [T, T] mask.
+
+    hidden [T, 1, H] -> qkv -> norms -> rotate by position -> causal attention within each sequence -> projection
+
+Sequences lie side by side in one axis of T tokens ("thd"), longest first. `PackedSequences` says where each begins; it
+is computed once per micro-batch and shared by all layers. The core takes flash-attn's variable-length kernel on a GPU
+that has it, and torch's SDPA otherwise: sequences of similar length are right-padded into one [rows, length] block,
+where a causal query never sees the padding behind it, so no mask is needed.
+
+Legend: `T` packed tokens, `S` sequences, `N` query heads, `K` key/value heads, `D` head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .ragged import gather_rows, scatter_rows
+
+#: A block takes sequences down to this share of its longest; the rest open the next block.
+_MIN_FILL = 0.75
+#: Below this length a second block costs more than the padding it saves.
+_SMALL_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring sequences that attention computes as one padded [rows, length] block."""
+
+    start: int
+    stop: int
+    """Tokens `start:stop` of the packed axis."""
+    rows: int
+    length: int
+    slots: Tensor | None
+    """[stop - start] position of each token in the flattened block; None where no token is padding."""
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's description of packed sequences, with what our own layers need besides. All on the model's device."""
+
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """[T] position of each token in its sequence."""
+    blocks: tuple[Block, ...] = ()
+    _phases: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int] | np.ndarray, device: torch.device) -> PackedSequences:
+        """`lengths` [S] in tokens, each at least 1, longest first."""
+        lengths = np.asarray(lengths, dtype=np.int64)
+        if (lengths < 1).any() or (np.diff(lengths) > 0).any():
+            raise ValueError(
+                f"lengths, got {lengths.tolist()}: sequences are packed longest first, each of 1 token or more"
+            )
+        ends = np.cumsum(lengths)
+        boundaries = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device)
+        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        longest = int(lengths[0])
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            positions=torch.from_numpy(positions).to(device),
+            blocks=tuple(_blocks(lengths, positions, device)),
+        )
+
+    def phases(self, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, 1, rotated / 2] for each token, from megatron's `angles` [positions, 1, 1, rotated].
+
+        Kept for the other layers, which ask for the same.
+        """
+        if self._phases is None:
+            half = angles.shape[-1] // 2
+            mine = angles[..., :half].index_select(0, self.positions)
+            self._phases = mine.cos().to(dtype), mine.sin().to(dtype)
+        return self._phases
+
+
+def _blocks(lengths: np.ndarray, positions: np.ndarray, device: torch.device) -> list[Block]:
+    blocks = []
+    first, start = 0, 0
+    while first < len(lengths):
+        longest = int(lengths[first])
+        floor = 1 if longest <= _SMALL_LENGTH else int(np.ceil(_MIN_FILL * longest))
+        last = first + int(np.searchsorted(-lengths[first:], -floor, side="right"))
+        mine = lengths[first:last]
+        stop = start + int(mine.sum())
+        slots = None
+        if mine[-1] < longest:
+            row = np.repeat(np.arange(len(mine)), mine)
+            slots = torch.from_numpy(row * longest + positions[start:stop]).to(device)
+        blocks.append(Block(start, stop, len(mine), longest, slots))
+        first, start = last, stop
+    return blocks
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention for training on packed sequences.
+
+    The projections, norms and their sharding are megatron's. Its own forward rotates each sequence by itself, in a Python
+    loop over all of them in every layer; here one gather per micro-batch does.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Tensor | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+        sequence_len_offset: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [T, 1, H] -> ([T, 1, H], bias). The signature is megatron's; only packed input is served."""
+        if not isinstance(packed_seq_params, PackedSequences):
+            raise TypeError(f"packed_seq_params, got {type(packed_seq_params).__name__}: pass PackedSequences")
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if rotary_pos_emb is not None:
+            cos, sin = packed_seq_params.phases(rotary_pos_emb, query.dtype)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        context = self.core_attention(
+            query.squeeze(1),
+            key.squeeze(1),
+            value.squeeze(1),
+            attention_mask,
+            attn_mask_type=self.attn_mask_type,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+        )
+        output, bias = self.linear_proj(context.reshape(context.shape[0], 1, -1))
+        return output, bias
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of `x` [T, 1, heads, D]: pairs (i, i + rotated/2) turn by the token's phases.
+
+    arXiv 2104.09864, in the half-split layout of HF and Megatron. `cos`, `sin` [T, 1, 1, rotated / 2]; dimensions past
+    `rotated` pass through.
+    """
+    return _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the opposite rotation, so nothing of `x` is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    half = cos.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=direction)
+    if x.shape[-1] > 2 * half:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+class PackedCoreAttention(torch.nn.Module):
+    """Causal softmax attention within each packed sequence. Grouped queries; no dropout; no parameters."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        *,
+        backend: str = "auto",
+    ):
+        """`backend`: auto, flash (flash-attn), local (torch picks a kernel) or unfused (matmul, softmax, matmul)."""
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ValueError("context parallelism is not built yet for packed attention")
+        self.softmax_scale = softmax_scale
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+    ) -> Tensor:
+        """query [T, N, D], key and value [T, K, D] -> [T, N * D]."""
+        assert packed_seq_params is not None, "PackedSelfAttention passes it"
+        tokens = query.shape[0]
+        if query.is_cuda and self.backend in ("auto", "flash") and has_flash_attn():
+            return self._flash(query, key, value, packed_seq_params).reshape(tokens, -1)
+        kernels = sdpa_kernel(SDPBackend.MATH) if self.backend == "unfused" else nullcontext()
+        with kernels:
+            outputs = [
+                self._block(*(t[b.start : b.stop] for t in (query, key, value)), b) for b in packed_seq_params.blocks
+            ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _block(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> Tensor:
+        tokens = query.shape[0]
+        q, k, v = (_pad(t, block).transpose(1, 2) for t in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        return _unpad(out.transpose(1, 2), block).reshape(tokens, -1)
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
+        from flash_attn import flash_attn_varlen_func
+
+        out: Tensor = flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            sequences.cu_seqlens_q,
+            sequences.cu_seqlens_kv,
+            sequences.max_seqlen_q,
+            sequences.max_seqlen_kv,
+            softmax_scale=self.softmax_scale,
+            causal=True,
+        )
+        return out
+
+
+def has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _pad(x: Tensor, block: Block) -> Tensor:
+    """[tokens, heads, D] -> [rows, length, heads, D], zeros where there is no token."""
+    if block.slots is not None:
+        x = scatter_rows(x, block.slots, block.rows * block.length)
+    return x.reshape(block.rows, block.length, *x.shape[1:])
+
+
+def _unpad(x: Tensor, block: Block) -> Tensor:
+    """Inverse of `_pad`."""
+    x = x.reshape(block.rows * block.length, *x.shape[2:])
+    return x if block.slots is None else gather_rows(x, block.slots)

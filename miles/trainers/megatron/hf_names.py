@@ -1,0 +1,183 @@
+"""Names and layouts of weights: Hugging Face on one side, megatron-core on the other, for each kind of model.
+
+    HF parts --merge--> this rank's megatron shard          shards of all ranks --split--> HF parts
+
+A model kind is a tuple of `Rule`s: which megatron weight holds which HF weights, and how (`Layout`). Both directions are
+exact: they copy, concatenate and cut, and never compute. A new family is a new entry in `model_kinds`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from miles.algo.registry import Registry
+from miles.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What layouts need to know of a model."""
+
+    num_query_groups: int
+    heads_per_group: int
+    head_dim: int
+    vocab_size: int
+    padded_vocab_size: int
+
+
+class Layout(Protocol):
+    """How HF weights lie in a megatron weight, and how that one is cut over tensor-parallel ranks."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        """The shard of tensor-parallel rank `rank` of `size`."""
+        ...
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        """The HF weights, from the shards of all ranks in order. Views where nothing has to move."""
+        ...
+
+
+class Whole:
+    """One weight, the same on every rank."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        return parts[0]
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return [shards[0]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One weight, cut along `dim`."""
+
+    dim: int
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        return parts[0].chunk(size, self.dim)[rank]
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return [_join(shards, self.dim)]
+
+
+class VocabularyRows:
+    """Embedding or output weight, cut along the vocabulary after padding it with rows of zeros."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        full = parts[0]
+        missing = shape.padded_vocab_size - full.shape[0]
+        if missing > 0:
+            full = torch.cat([full, full.new_zeros(missing, *full.shape[1:])])
+        return full.chunk(size)[rank]
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return [_join(shards, 0)[: shape.vocab_size]]
+
+
+class FusedQkv:
+    """Q, K and V, weights or biases, as megatron fuses them: for each K/V head its query heads, its key, its value."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        rest = parts[0].shape[1:]
+        grouped = [part.reshape(shape.num_query_groups, -1, *rest) for part in parts]
+        return torch.cat(grouped, dim=1).reshape(-1, *rest).chunk(size)[rank]
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        full = _join(shards, 0)
+        rest = full.shape[1:]
+        rows = [shape.heads_per_group * shape.head_dim, shape.head_dim, shape.head_dim]
+        grouped = full.reshape(shape.num_query_groups, sum(rows), *rest)
+        return [part.reshape(-1, *rest) for part in grouped.split(rows, dim=1)]
+
+
+class GateUp:
+    """Gate and up projection, one after the other; each rank holds its piece of both."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        return torch.cat([part.chunk(size)[rank] for part in parts])
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        halves = [shard.chunk(2) for shard in shards]
+        return [_join([half[side] for half in halves], 0) for side in (0, 1)]
+
+
+def _join(shards: Sequence[Tensor], dim: int) -> Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One megatron weight and the HF weights in it; `{layer}` stands for the layer's number in the whole model."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Match:
+    """A rule applied to one weight."""
+
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+#: HF `model_type` (or --model-name) -> rules.
+model_kinds: Registry[tuple[Rule, ...]] = Registry("--model-name (model_type of config.json)")
+
+_LAYER = "decoder.layers.{layer}."
+_HF_LAYER = "model.layers.{layer}."
+
+
+def _in_layer(megatron: str, hf: Sequence[str], layout: Layout) -> Rule:
+    return Rule(_LAYER + megatron, tuple(_HF_LAYER + name for name in hf), layout)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+#: The Llama layout, which Qwen and Mistral share; a model without biases or query norms just has fewer weights.
+_DENSE = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VocabularyRows()),
+    Rule("output_layer.weight", ("lm_head.weight",), VocabularyRows()),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Whole()),
+    _in_layer("input_layernorm.weight", ["input_layernorm.weight"], Whole()),
+    _in_layer("self_attention.linear_qkv.layer_norm_weight", ["input_layernorm.weight"], Whole()),
+    _in_layer("self_attention.linear_qkv.weight", [f"{name}.weight" for name in _QKV], FusedQkv()),
+    _in_layer("self_attention.linear_qkv.bias", [f"{name}.bias" for name in _QKV], FusedQkv()),
+    _in_layer("self_attention.q_layernorm.weight", ["self_attn.q_norm.weight"], Whole()),
+    _in_layer("self_attention.k_layernorm.weight", ["self_attn.k_norm.weight"], Whole()),
+    _in_layer("self_attention.linear_proj.weight", ["self_attn.o_proj.weight"], Cut(1)),
+    _in_layer("pre_mlp_layernorm.weight", ["post_attention_layernorm.weight"], Whole()),
+    _in_layer("mlp.linear_fc1.layer_norm_weight", ["post_attention_layernorm.weight"], Whole()),
+    _in_layer("mlp.linear_fc1.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], GateUp()),
+    _in_layer("mlp.linear_fc2.weight", ["mlp.down_proj.weight"], Cut(1)),
+)
+model_kinds.register("llama", "mistral", "qwen2", "qwen3")(_DENSE)
+
+
+class NameMap:
+    """Finds the rule of a megatron weight."""
+
+    def __init__(self, model_type: str, shape: Shape):
+        """Raises ConfigError, with the known kinds, for one that has no rules."""
+        self.model_type, self.shape = model_type, shape
+        self._rules = {rule.megatron: rule for rule in model_kinds.get(model_type)}
+
+    def match(self, megatron_name: str, layer_offset: int = 0) -> Match:
+        """`megatron_name` as this rank's module has it; `layer_offset` layers come before this pipeline stage."""
+        found = re.search(r"\.layers\.(\d+)\.", megatron_name)
+        layer = int(found.group(1)) + layer_offset if found else 0
+        pattern = re.sub(r"\.layers\.\d+\.", ".layers.{layer}.", megatron_name)
+        if pattern not in self._rules:
+            raise ConfigError(
+                f"weight {megatron_name}, got no HF name: the mapping of {self.model_type!r} does not cover it; "
+                "add a rule to miles/trainers/megatron/hf_names.py"
+            )
+        rule = self._rules[pattern]
+        return Match(tuple(name.format(layer=layer) for name in rule.hf), rule.layout)

@@ -1,0 +1,238 @@
+"""The transformer: configuration, layer specs and the model itself.
+
+    config.model -> TransformerConfig -> layer spec (--spec, Transformer Engine, or our own) -> PolicyModel
+
+Weights are not initialized here: they always come from a checkpoint. `PolicyModel` ends before the output layer, so that
+`logprobs` computes logits only for the tokens that need them, in pieces.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from miles.config.groups import Config
+from miles.errors import ConfigError, HookError
+
+from .attention import PackedCoreAttention, PackedSelfAttention
+from .parallel import Parallel, ParallelSizes
+
+
+def params_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU, with fp32 masters in the optimizer; fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def transformer_config(config: Config, sizes: ParallelSizes, device: torch.device) -> TransformerConfig:
+    """Megatron's configuration of our model: no dropout, and no scaling of the loss, whose denominators are in the batch."""
+    model = config.model
+    dtype = params_dtype(device)
+    on_gpu = device.type == "cuda"
+    engine = uses_transformer_engine(config, device)
+    return TransformerConfig(
+        num_layers=_set(model.num_layers),
+        hidden_size=_set(model.hidden_size),
+        ffn_hidden_size=_set(model.ffn_hidden_size),
+        num_attention_heads=_set(model.num_attention_heads),
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=_set(model.kv_channels),
+        normalization=model.normalization or "RMSNorm",
+        layernorm_epsilon=model.norm_epsilon if model.norm_epsilon is not None else 1e-6,
+        qk_layernorm=bool(model.qk_layernorm),
+        gated_linear_unit=bool(model.swiglu),
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=bool(model.add_qkv_bias),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        # DDP must not average: every rank's loss is its own term of the step's sum.
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        sequence_parallel=sizes.sequence_parallel,
+        deterministic_mode=config.cluster.deterministic_mode,
+        # The fused kernels come with Transformer Engine or Apex.
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=engine,
+        bias_activation_fusion=on_gpu and bool(model.swiglu),
+        bias_dropout_fusion=on_gpu,
+        batch_p2p_comm=on_gpu,
+    )
+
+
+def uses_transformer_engine(config: Config, device: torch.device) -> bool:
+    """Whether layers come from Transformer Engine: on a GPU that has it, unless flags ask for other kernels."""
+    return (
+        device.type == "cuda"
+        and config.perf.attention_backend in ("auto", "fused")
+        and importlib.util.find_spec("transformer_engine") is not None
+    )
+
+
+def layer_spec(config: Config, transformer: TransformerConfig, device: torch.device) -> Any:
+    """The spec of all layers: what --spec names, else Transformer Engine's, else ours."""
+    if config.model.spec is not None:
+        return _custom_spec(config, transformer)
+    if uses_transformer_engine(config, device):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=transformer.qk_layernorm)
+    layer = local_layer_spec(transformer, backend=config.perf.attention_backend)
+    layers = [layer] * get_num_layers_to_build(transformer)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm_class(transformer))
+
+
+def local_layer_spec(transformer: TransformerConfig, *, backend: str = "auto") -> ModuleSpec:
+    """A dense layer of megatron's own parts, with norms and packed attention that run on any device."""
+    norm = _norm_class(transformer)
+    qk_norm = norm if transformer.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=PackedSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=functools.partial(PackedCoreAttention, backend=backend),
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # Transformer Engine keeps these norms inside the linear layers; checkpoints of either spec fit the other.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`x / rms(x) * weight`, arXiv 1910.07467. Megatron's wrapper of torch's refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        # Megatron sums the gradients of such weights over the tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's, marked as `RMSNorm` above."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose forward ends with the final hidden states [T, 1, H] on every stage."""
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[padded vocabulary / TP, H] of the last stage; the embedding's where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            weight: Tensor = self.shared_embedding_or_output_weight()
+            return weight
+        head: Tensor = self.output_layer.weight
+        return head
+
+
+def build_model(config: Config, parallel: Parallel) -> PolicyModel:
+    """This rank's part of the model on its device, parameters uninitialized."""
+    model = config.model
+    transformer = transformer_config(config, parallel.sizes, parallel.device)
+    return PolicyModel(
+        transformer,
+        layer_spec(config, transformer, parallel.device),
+        vocab_size=padded_vocab_size(config, parallel.sizes),
+        max_sequence_length=_set(model.max_position_embeddings),
+        position_embedding_type="rope" if model.use_rotary_position_embeddings else "learned_absolute",
+        rotary_base=model.rotary_base or 10000,
+        rotary_percent=model.rotary_percent if model.rotary_percent is not None else 1.0,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        pre_process=parallel.groups.pp.rank() == 0,
+        post_process=parallel.is_last_stage,
+        pg_collection=parallel.groups,
+    ).to(parallel.device)
+
+
+def padded_vocab_size(config: Config, sizes: ParallelSizes) -> int:
+    """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
+    multiple = (config.model.make_vocab_size_divisible_by or 1) * sizes.tensor
+    return -(-_set(config.model.vocab_size) // multiple) * multiple
+
+
+def _norm_class(transformer: TransformerConfig) -> type[torch.nn.Module]:
+    return RMSNorm if transformer.normalization == "RMSNorm" else LayerNorm
+
+
+def _custom_spec(config: Config, transformer: TransformerConfig) -> Any:
+    """What `--spec MODULE NAME` holds: a spec, or a function of any of `args`, `config` and `vp_stage` that returns one."""
+    from miles.config import args_view
+
+    spec = load_spec(config.model.spec or ())
+    if not inspect.isfunction(spec):
+        return spec
+    offered: dict[str, Callable[[], Any]] = {
+        "args": lambda: args_view(config),
+        "config": lambda: transformer,
+        "vp_stage": lambda: None,
+    }
+    wanted = inspect.signature(spec).parameters
+    return spec(**{name: offered[name]() for name in wanted if name in offered})
+
+
+def load_spec(path: tuple[str, ...]) -> Any:
+    """The object that --spec names. Raises HookError where there is none."""
+    if len(path) != 2:
+        raise HookError(f"--spec, got {' '.join(path)!r}: it takes a module and a name in it; write --spec MODULE NAME")
+    module, name = path
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise HookError(f"--spec, got {module} {name}: {error}; check the module path and the name") from error
+
+
+def _set(value: int | None) -> int:
+    if value is None:
+        raise ConfigError("model shape, got None: the configuration was not resolved; make it with miles.config")
+    return value

@@ -1,0 +1,187 @@
+"""This rank's place among the ranks: process group, megatron's parallel groups, and the reductions we need.
+
+    init_process_group (backend and limit explicit) -> parallel_state (TP, PP, CP, EP, DP groups) -> Parallel
+
+Everything else asks `Parallel` for a group or a reduction; no module computes a rank layout of its own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """How many ranks share one model replica, by dimension. Data parallelism is what the world size leaves."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def ranks_per_replica(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+
+class Parallel:
+    """Process groups of this rank. One at a time per process; `close` takes it down."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        master_addr: str,
+        master_port: int,
+        backend: str,
+        timeout_s: float,
+        sizes: ParallelSizes | None = None,
+    ):
+        """Joins the process group, within `timeout_s`, which is also the limit of every collective.
+
+        `master_port` 0 lets a world of one take any free port. Raises ValueError where the world does not divide into replicas.
+        """
+        self.sizes = sizes or ParallelSizes()
+        if world_size % self.sizes.ranks_per_replica:
+            raise ValueError(
+                f"world size, got {world_size}: {self.sizes} needs a multiple of {self.sizes.ranks_per_replica} ranks"
+            )
+        self.rank, self.world_size = rank, world_size
+        self.device = _device(local_rank)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(
+            backend,
+            store=_store(master_addr, master_port, rank, world_size, timeout),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=self.device if backend == "nccl" else None,
+        )
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=self.sizes.tensor,
+            pipeline_model_parallel_size=self.sizes.pipeline,
+            context_parallel_size=self.sizes.context,
+            expert_model_parallel_size=self.sizes.expert,
+            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+            # A second set of gloo groups serves only the distributed optimizer's CPU gathers.
+            create_gloo_process_groups=False,
+        )
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes shared files and hands out weights."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        return int(self.groups.dp.rank())
+
+    @property
+    def data_size(self) -> int:
+        return int(self.groups.dp.size())
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, hence the loss."""
+        return bool(mpu.is_pipeline_last_stage())
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over everything that the split of tokens spread: data-parallel and context-parallel ranks. In place."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        if self.groups.dp_cp.size() > 1:
+            dist.all_reduce(values, op=op, group=self.groups.dp_cp)
+        if self.groups.pp.size() > 1:
+            dist.broadcast(values, src=mpu.get_pipeline_model_parallel_last_rank(), group=self.groups.pp)
+        return values
+
+    def gather_tensor_shards(self, shard: torch.Tensor) -> list[torch.Tensor]:
+        """The shards of a tensor-parallel weight on all ranks of the group, in rank order."""
+        size = self.groups.tp.size()
+        if size == 1:
+            return [shard]
+        shards = [torch.empty_like(shard) for _ in range(size)]
+        dist.all_gather(shards, shard.contiguous(), group=self.groups.tp)
+        return shards
+
+    def from_main(self, value: T) -> T:
+        """`value` of the main rank, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leaves all groups. Safe to call twice."""
+        if dist.is_initialized():
+            mpu.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Ray shows an actor only the GPU it was given; other launchers show all of the node's.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _store(host: str, port: int, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The rendezvous store, listening on `host` alone: TCPStore by itself listens on every interface."""
+    if _is_loopback(host):
+        # gloo would otherwise listen on whatever interface the host name resolves to.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+    if rank != 0:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=True,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except (OSError, ValueError):
+        return False
+
+
+def _loopback_interface() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo" if "lo" in names else "lo0"

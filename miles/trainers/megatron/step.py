@@ -1,0 +1,146 @@
+"""Forward and backward passes through megatron's schedules, whatever the pipeline.
+
+MicroBatch -> PolicyModel -> hidden [T, 1, H] -> (last stage) token scores [R] -> policy loss -> backward
+                                                                          '-> scores alone (score)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from miles.algo import Metric, PolicyLossSpec, merge_metrics, policy_loss
+from miles.types import LossInputs
+
+from .logprobs import TokenScores, Vocabulary, token_scores
+from .model import PolicyModel
+from .packing import MicroBatch
+from .parallel import Parallel
+from .ragged import gather_rows
+
+
+@dataclass(frozen=True)
+class KnownLogProbs:
+    """Log-probs [response tokens of the batch] that were computed before the step; None where the step makes its own."""
+
+    old: Tensor | None = None
+    reference: Tensor | None = None
+
+
+class Passes:
+    """Runs micro-batches through the model. Every rank calls the same method with equally many micro-batches."""
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        parallel: Parallel,
+        *,
+        vocab_size: int,
+        chunk_tokens: int,
+        spec: PolicyLossSpec,
+        use_rollout_logprobs: bool,
+    ):
+        self._model, self._parallel = model, parallel
+        self._policy: PolicyModel = model.module
+        self._chunk_tokens, self._spec, self._use_rollout_logprobs = chunk_tokens, spec, use_rollout_logprobs
+        self._schedule = get_forward_backward_func()
+        self._vocabulary = self._my_vocabulary(vocab_size)
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch], num_tokens: int) -> TokenScores:
+        """Log-probs and entropies of all response tokens, in the batch's order: [num_tokens] each.
+
+        Zeros where no micro-batch has the token, and on all but the last pipeline stage.
+        """
+        device = self._parallel.device
+        found = TokenScores(torch.zeros(num_tokens, device=device), torch.zeros(num_tokens, device=device))
+
+        def collect(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> None:
+            scores = self._scores(batch, hidden)
+            found.log_probs[batch.slots] = scores.log_probs
+            found.entropies[batch.slots] = scores.entropies
+
+        self._run(micro_batches, collect, forward_only=True)
+        return found
+
+    def loss_and_gradients(self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs) -> dict[str, Metric]:
+        """Adds the gradients of one optimizer step into the model's buffers, summed over ranks; returns this rank's metrics.
+
+        `loss` is among them, of kind `sum`: this rank's part of the step's loss. Empty on all but the last stage.
+        """
+
+        def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+            outputs = policy_loss(self._loss_inputs(batch, self._scores(batch, hidden), known), self._spec)
+            metrics = {**outputs.metrics, "loss": ("sum", outputs.loss.detach())}
+            # Megatron would divide by this count; our denominators are in the weights already.
+            return outputs.loss, torch.zeros((), dtype=torch.int), metrics
+
+        return functools.reduce(merge_metrics, self._run(micro_batches, loss, forward_only=False), {})
+
+    def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+        def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(batches)
+            hidden = model(batch.tokens, batch.sequences.positions[None], None, packed_seq_params=batch.sequences)
+            return hidden, functools.partial(finish, batch)
+
+        stored: list[Any] = self._schedule(
+            forward_step_func=forward,
+            data_iterator=iter(micro_batches),
+            model=self._model,
+            num_microbatches=len(micro_batches),
+            seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return stored
+
+    def _scores(self, batch: MicroBatch, hidden: Tensor) -> TokenScores:
+        """hidden [T, 1, H] (or this rank's piece of T, with sequence parallelism) -> scores [R]."""
+        tp = self._parallel.groups.tp
+        if self._parallel.sizes.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=tp)
+        elif tp.size() > 1:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=tp)
+        chosen = gather_rows(hidden.squeeze(1), batch.predictors)
+        return token_scores(
+            chosen, self._policy.head_weight, batch.targets, batch.temperatures, self._vocabulary, self._chunk_tokens
+        )
+
+    def _loss_inputs(self, batch: MicroBatch, scores: TokenScores, known: KnownLogProbs) -> LossInputs:
+        now = scores.log_probs.detach()
+        if self._use_rollout_logprobs:
+            assert batch.rollout_log_probs is not None, "checked when the batch arrived"
+            old, train = batch.rollout_log_probs, now
+        else:
+            # With one update per rollout the old policy is this one, so the ratio is exactly 1.
+            old, train = now if known.old is None else known.old[batch.slots], None
+        return LossInputs(
+            log_probs=scores.log_probs,
+            old_log_probs=old,
+            advantages=batch.advantages,
+            loss_mask=batch.loss_mask,
+            token_weight=batch.token_weights,
+            row=batch.row,
+            num_rows=batch.num_rows,
+            ref_log_probs=None if known.reference is None else known.reference[batch.slots],
+            rollout_log_probs=batch.rollout_log_probs,
+            train_log_probs=train,
+            entropy=scores.entropies,
+        )
+
+    def _my_vocabulary(self, vocab_size: int) -> Vocabulary:
+        tp = self._parallel.groups.tp
+        if not self._policy.post_process:
+            return Vocabulary()
+        shard = self._policy.head_weight.shape[0]
+        start = tp.rank() * shard
+        return Vocabulary(start=start, rows=min(max(vocab_size - start, 0), shard), group=tp)

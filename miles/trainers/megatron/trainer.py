@@ -1,0 +1,420 @@
+"""One rank of the megatron trainer: what the cluster's actors drive.
+
+    TrainBatch -> [reference log-probs] -> [old log-probs] -> for each optimizer step:
+                  forward and backward over micro-batches -> all finite? -> clip, step, schedule
+    named_weights -> HF-named tensors for the engines        save / finish_save / load_initial -> checkpoints
+
+All ranks call each method together, in the same order. Nothing here knows of Ray, engines or rewards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from miles.algo import Metric, PolicyLossSpec, finish_metrics
+from miles.config.groups import Config
+from miles.errors import CheckpointError, DataError, NonFiniteError
+from miles.observe.timers import Timers
+from miles.types import TrainBatch
+
+from . import checkpoint, rng
+from .hf_files import HfReader, is_hf_directory, read_config, write_hf_directory
+from .hf_names import NameMap, Shape
+from .model import build_model, padded_vocab_size, params_dtype
+from .optimizer import GuardedStep, build_optimizer, build_schedule, follow_flags, learning_rate
+from .packing import MicroBatch, pack, split_rows
+from .parallel import Parallel
+from .roles import ReferenceWeights
+from .step import KnownLogProbs, Passes
+
+logger = logging.getLogger(__name__)
+
+#: Metrics that compare the trainer with the engine.
+_MISMATCH = ("train_rollout_logprob_abs_diff", "train_rollout_logprob_abs_diff_max", "train_rollout_kl", "ess")
+
+
+class MegatronTrainer:
+    """The policy, its optimizer and, where KL is wanted, its frozen reference, on one rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        master_addr: str,
+        master_port: int,
+        run_dir: Path,
+        total_optimizer_steps: int,
+    ):
+        """Joins the process group and builds model and optimizer; `load_initial` then gives them weights.
+
+        `total_optimizer_steps` is the run's, which the learning rate decays over. Files for a post-mortem go to `run_dir`.
+        """
+        self.config, self.run_dir = config, Path(run_dir)
+        self.loaded_extra: dict[str, Any] = {}
+        self.global_step = 0
+        self._total_steps = total_optimizer_steps
+        if config.cluster.deterministic_mode:
+            _deterministic_kernels()
+        backend = config.cluster.distributed_backend
+        if backend == "auto":
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+        self.parallel = Parallel(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            backend=backend,
+            timeout_s=60 * config.cluster.distributed_timeout_minutes,
+        )
+        rng.seed(config.cluster.seed)
+        self.dtype = params_dtype(self.parallel.device)
+        self._names = _name_map(config, self.parallel)
+        self._model = build_model(config, self.parallel)
+        self._reference: ReferenceWeights | None = None
+        self._timers = Timers()
+
+    # ------------------------------------------------------------------------------------------------------------ weights
+
+    def load_initial(self) -> int:
+        """Gives the actor its weights, and the reference where KL is used. Returns the rollout to begin with.
+
+        --load with latest_checkpointed_iteration.txt continues that run; otherwise the actor starts from --ref-load, else
+        --hf-checkpoint, at rollout 0. Raises CheckpointError.
+        """
+        ckpt = self.config.ckpt
+        warm_start = ckpt.ref_load or ckpt.hf_checkpoint
+        resume = ckpt.load is not None and checkpoint.has_latest(ckpt.load)
+        needs_reference = self.config.grpo.use_kl_loss
+        if needs_reference or not resume:
+            if warm_start is None:
+                raise CheckpointError(
+                    "--hf-checkpoint, got none: there are no weights to start from; name an HF directory"
+                )
+            self.load_weights(warm_start)
+        if needs_reference:
+            self._reference = ReferenceWeights(self._model)
+        self._build_training()
+        if not resume:
+            return 0
+        assert ckpt.load is not None
+        return self.load(ckpt.load)
+
+    def load_weights(self, path: str) -> None:
+        """Fills the model from an HF directory or a Megatron checkpoint (one, or the current one of a series)."""
+        if is_hf_directory(path):
+            self._load_hf(path)
+        elif checkpoint.has_latest(path) or checkpoint.is_checkpoint(path):
+            found = self._find_checkpoint(path)
+            checkpoint.load_state(found, model=self._model, optimizer=None, parallel=self.parallel)
+        else:
+            raise CheckpointError(
+                f"checkpoint, got {path}: it holds neither config.json nor {checkpoint.LATEST}; "
+                "name an HF directory or a directory of Miles checkpoints"
+            )
+
+    @torch.no_grad()
+    def _load_hf(self, path: str) -> None:
+        reader = HfReader(path)
+        tp = self.parallel.groups.tp
+        for name, param in self._model.named_parameters():
+            match = self._names.match(name, self._layer_offset)
+            parts = [reader[hf_name] for hf_name in match.hf]
+            shard = match.layout.merge(parts, self._names.shape, tp.rank(), tp.size())
+            if shard.shape != param.shape:
+                raise CheckpointError(
+                    f"HF checkpoint {path}, got {' + '.join(match.hf)} of shape {[tuple(p.shape) for p in parts]}: the model "
+                    f"takes {tuple(param.shape)} for {name}; check the MODEL flags"
+                )
+            param.copy_(shard)
+        tied = "lm_head.weight" if not self.config.model.untie_embeddings_and_output_weights else ""
+        unknown = sorted(n for n in reader.unread if n != tied and not n.endswith("rotary_emb.inv_freq"))
+        if unknown and self.parallel.sizes.pipeline == 1:
+            raise CheckpointError(
+                f"HF checkpoint {path}, got {len(unknown)} tensors that the model has no place for, such as {unknown[0]}: "
+                "they would be lost; check the MODEL flags and --model-name"
+            )
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """HF-named full tensors, streamed in a fixed order; every rank iterates. A tied output weight is not sent.
+
+        In the model's dtype and on its device. A tensor may be the model's own memory: copy it before the next step.
+        """
+        for name, param in self._model.named_parameters():
+            match = self._names.match(name, self._layer_offset)
+            shards = self.parallel.gather_tensor_shards(param.detach())
+            yield from zip(match.hf, match.layout.split(shards, self._names.shape), strict=True)
+
+    @property
+    def _layer_offset(self) -> int:
+        return int(get_transformer_layer_offset(self._model.config))
+
+    # ----------------------------------------------------------------------------------------------------------- training
+
+    def _build_training(self) -> None:
+        """Gradient buffers, optimizer and schedule, around the weights as they are now: masters are copied from them."""
+        config = self.config
+        in_fp32 = config.optimizer.accumulate_allreduce_grads_in_fp32
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, use_distributed_optimizer=False)
+        transformer = self._model.config
+        self._ddp = DistributedDataParallel(transformer, ddp_config, self._model)
+        self._ddp.broadcast_params()
+        self._optimizer = build_optimizer(config.optimizer, self._ddp, self.dtype)
+        self._schedule = build_schedule(config.optimizer, self._optimizer, self._total_steps)
+        self._guard = GuardedStep(self._optimizer, config.optimizer.clip_grad)
+        transformer.finalize_model_grads_func = _sum_gradients
+        self._passes = Passes(
+            self._ddp,
+            self.parallel,
+            vocab_size=self._names.shape.vocab_size,
+            chunk_tokens=config.perf.log_probs_chunk_size,
+            spec=loss_spec(config),
+            use_rollout_logprobs=config.grpo.use_rollout_logprobs,
+        )
+
+    def train(self, batch: TrainBatch) -> dict[str, float]:
+        """All optimizer steps of one rollout. Returns metrics, equal on all ranks.
+
+        Raises NonFiniteError before the optimizer moves anything, with the batch saved in the run directory, where the
+        loss or a gradient is not finite; DataError where the batch lacks the engine's log-probs and a flag needs them.
+        """
+        self._check(batch)
+        steps = pack(batch, self.parallel.device)
+        known = self._known_log_probs(batch, steps)
+        per_step = []
+        with self._timers.phase("actor_train"):
+            for number, micro_batches in enumerate(steps):
+                per_step.append(self._optimizer_step(batch, number, micro_batches, known))
+                # The engine's policy is the one before the first step: later steps would measure the update as well.
+                if number > 0 and self.config.grpo.use_rollout_logprobs:
+                    per_step[-1] = {k: v for k, v in per_step[-1].items() if k not in _MISMATCH}
+        return self._metrics(batch, steps, per_step)
+
+    def _check(self, batch: TrainBatch) -> None:
+        if not batch.steps or any(not step for step in batch.steps):
+            raise DataError(
+                f"batch of rollout {batch.rollout_id}, got micro-batches {[len(s) for s in batch.steps]}: every optimizer "
+                "step needs one, an empty one where there are no rows"
+            )
+        needs = loss_spec(self.config).needs_rollout_log_probs or self.config.grpo.use_rollout_logprobs
+        if needs and "rollout_log_probs" not in batch.ragged:
+            raise DataError(
+                f"batch of rollout {batch.rollout_id}, got no rollout_log_probs: --use-tis and --use-rollout-logprobs need "
+                "them; let the generation function keep the engine's log-probs"
+            )
+
+    def _known_log_probs(self, batch: TrainBatch, steps: Sequence[Sequence[MicroBatch]]) -> KnownLogProbs:
+        """The passes that come before the first update."""
+        flat = [micro_batch for step in steps for micro_batch in step]
+        num_tokens = len(batch.ragged["tokens"]) and int(batch.rows["response_lengths"].sum())
+        reference = old = None
+        if self._reference is not None:
+            with self._timers.phase("ref_log_probs"), self._reference.awake():
+                reference = self._passes.score(flat, num_tokens).log_probs
+        if len(steps) > 1 and not self.config.grpo.use_rollout_logprobs:
+            with self._timers.phase("old_log_probs"):
+                old = self._passes.score(flat, num_tokens).log_probs
+        return KnownLogProbs(old=old, reference=reference)
+
+    def _optimizer_step(
+        self, batch: TrainBatch, number: int, micro_batches: Sequence[MicroBatch], known: KnownLogProbs
+    ) -> dict[str, float]:
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        reduced = self._over_ranks(self._passes.loss_and_gradients(micro_batches, known))
+        norm = self._guard.gradient_norm()
+        loss = float(reduced["loss"][1])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._non_finite(batch, number, loss, norm)
+        rate = learning_rate(self._optimizer)
+        self._guard.apply(norm)
+        self._schedule.step(1)
+        self.global_step += 1
+        return {**finish_metrics(reduced), "grad_norm": norm, "lr": rate}
+
+    def _over_ranks(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        """Metrics of the whole step, the same on every rank: one sum and one maximum over the data-parallel ranks."""
+        reduced: dict[str, Metric] = {}
+        for is_max, reduce in ((False, self.parallel.sum_over_data), (True, self.parallel.max_over_data)):
+            names = sorted(name for name, (kind, _) in metrics.items() if (kind == "max") == is_max)
+            if not names:
+                continue
+            stacked = torch.stack([metrics[name][1].double() for name in names])
+            values = reduce(stacked).cpu()
+            reduced |= {name: (metrics[name][0], values[i]) for i, name in enumerate(names)}
+        return reduced
+
+    def _metrics(
+        self, batch: TrainBatch, steps: Sequence[Sequence[MicroBatch]], per_step: Sequence[dict[str, float]]
+    ) -> dict[str, float]:
+        """Means over the optimizer steps; the largest of maxima; totals of counts."""
+        metrics: dict[str, float] = {}
+        for name in per_step[0]:
+            values = [step[name] for step in per_step if name in step]
+            if name.endswith("_max"):
+                metrics[f"train/{name}"] = max(values)
+            elif name == "scored_tokens":
+                metrics[f"train/{name}"] = sum(values)
+            else:
+                metrics[f"train/{name}"] = sum(values) / len(values)
+        metrics["train/ratio_first"] = per_step[0]["ratio"]
+        metrics["train/rows_skipped"] = float(sum(total.num_skipped_rows for total in batch.totals))
+        metrics["train/global_step"] = float(self.global_step)
+        tokens = torch.tensor([float(len(batch.ragged["tokens"]))], dtype=torch.float64, device=self.parallel.device)
+        metrics["perf/train_tokens"] = float(self.parallel.sum_over_data(tokens))
+        return metrics | self._timers.take()
+
+    def _non_finite(self, batch: TrainBatch, number: int, loss: float, norm: float) -> NonFiniteError:
+        path = self.run_dir / f"nonfinite-{batch.rollout_id}-rank{self.parallel.rank}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {**batch.rows, **batch.ragged}
+        arrays |= {f"step{s}.micro_batch{m}": rows for s, step in enumerate(batch.steps) for m, rows in enumerate(step)}
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        return NonFiniteError(
+            f"optimizer step {number} of rollout {batch.rollout_id}, got loss {loss} and gradient norm {norm}: the weights "
+            f"were not touched and the batch is in {path}; look for extreme log-probs or rewards there"
+        )
+
+    def log_probs(self, batch: TrainBatch) -> list[np.ndarray]:
+        """The actor's log-probs of each row's response tokens, at the row's temperature."""
+        flat = [micro_batch for step in pack(batch, self.parallel.device) for micro_batch in step]
+        num_tokens = int(batch.rows["response_lengths"].sum())
+        scores = self._passes.score(flat, num_tokens)
+        return list(split_rows(scores.log_probs.cpu().numpy(), batch))
+
+    # --------------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, directory: str | Path, iteration: int, extra: dict[str, Any] | None = None) -> None:
+        """Writes everything that `load` needs, under a temporary name; `finish_save` makes it current. Every rank calls it.
+
+        `iteration` counts finished training rollouts, so it is also the rollout that a resumed run begins with. `extra` is
+        the caller's own state, JSON-ready; it comes back as `loaded_extra`.
+        """
+        with_optimizer = not self.config.ckpt.no_save_optim
+        checkpoint.save_state(
+            directory,
+            iteration,
+            model=self._model,
+            optimizer=self._optimizer if with_optimizer else None,
+            state={
+                "global_step": self.global_step,
+                "optimizer": self.config.optimizer.optimizer if with_optimizer else None,
+                "model": dataclasses.asdict(self.config.model),
+                "world_size": self.parallel.world_size,
+                "extra": extra or {},
+            },
+            parallel=self.parallel,
+        )
+
+    def finish_save(self, directory: str | Path, iteration: int) -> None:
+        """Makes a checkpoint that every rank has saved the current one. The main rank alone calls it."""
+        checkpoint.finish(directory, iteration)
+
+    def load(self, directory: str | Path) -> int:
+        """Continues from the current checkpoint of `directory`: weights, moments, steps, rate and random streams.
+
+        Hyper-parameters are the flags', not the checkpoint's. Returns the rollout to begin with. Raises CheckpointError for
+        a checkpoint that is torn or does not fit.
+        """
+        found = self._find_checkpoint(directory)
+        state = checkpoint.read_state(found)
+        saved, ours = state.get("optimizer"), self.config.optimizer.optimizer
+        if saved is not None and saved != ours:
+            raise CheckpointError(
+                f"--optimizer, got {ours}: checkpoint {found} holds the state of {saved}; "
+                f"take --optimizer {saved}, or start from its weights with --ref-load"
+            )
+        optimizer = self._optimizer if saved is not None else None
+        checkpoint.load_state(found, model=self._model, optimizer=optimizer, parallel=self.parallel)
+        if optimizer is None:
+            logger.warning("checkpoint %s has no optimizer state: its moments start at zero", found)
+            self._optimizer.reload_model_params()
+        checkpoint.load_rng(found, self.parallel)
+        follow_flags(self.config.optimizer, self._optimizer)
+        self.global_step = int(state["global_step"])
+        self._schedule.num_steps = 0
+        self._schedule.step(self.global_step)
+        self.loaded_extra = state.get("extra", {})
+        return int(state["iteration"])
+
+    def save_hf(self, path: str | Path) -> None:
+        """Writes an HF directory that transformers loads, with the tokenizer of --hf-checkpoint. Every rank calls it."""
+        source = self.config.ckpt.hf_checkpoint
+        if source is None:
+            raise CheckpointError("--save-hf, got no --hf-checkpoint: config and tokenizer are copied from it; name it")
+        if self.parallel.is_main:
+            write_hf_directory(path, self.named_weights(), source=source, dtype=self.dtype)
+        else:
+            for _ in self.named_weights():
+                pass
+        self.parallel.barrier()
+
+    def _find_checkpoint(self, directory: str | Path) -> Path:
+        """Verified by the main rank alone, whose verdict all ranks share: checksums are read once."""
+        verdict: Path | CheckpointError
+        try:
+            verdict = checkpoint.find(directory) if self.parallel.is_main else Path(directory)
+        except CheckpointError as error:
+            verdict = error
+        verdict = self.parallel.from_main(verdict)
+        if isinstance(verdict, CheckpointError):
+            raise verdict
+        return verdict
+
+    def close(self) -> None:
+        """Leaves the process group. Safe to call twice."""
+        self.parallel.close()
+
+
+def loss_spec(config: Config) -> PolicyLossSpec:
+    """The GRPO flags, as the loss takes them."""
+    names = {field.name for field in dataclasses.fields(PolicyLossSpec)}
+    grpo = {k: v for k, v in dataclasses.asdict(config.grpo).items() if k in names}
+    return PolicyLossSpec(**grpo)
+
+
+def _sum_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's reduction over ranks, without its division by a token count."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def _name_map(config: Config, parallel: Parallel) -> NameMap:
+    model, ckpt = config.model, config.ckpt
+    model_type = ckpt.model_name
+    if model_type is None:
+        if ckpt.hf_checkpoint is None:
+            raise CheckpointError(
+                "--hf-checkpoint, got none: the kind of model is read there; name it, or give --model-name"
+            )
+        model_type = str(read_config(ckpt.hf_checkpoint).get("model_type"))
+    heads, groups = model.num_attention_heads or 0, model.num_query_groups or model.num_attention_heads or 0
+    shape = Shape(
+        num_query_groups=groups,
+        heads_per_group=heads // groups,
+        head_dim=model.kv_channels or 0,
+        vocab_size=model.vocab_size or 0,
+        padded_vocab_size=padded_vocab_size(config, parallel.sizes),
+    )
+    return NameMap(model_type, shape)
+
+
+def _deterministic_kernels() -> None:
+    """Refuses kernels whose result depends on timing. The variables are read when CUDA's libraries start."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.use_deterministic_algorithms(True)
