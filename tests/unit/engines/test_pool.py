@@ -1,0 +1,203 @@
+"""The pool: places are never exceeded nor lost, requests go where there is room, and on when an engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+
+import numpy as np
+import pytest
+
+from miles.engines.client import EngineClient, Timeouts
+from miles.engines.pool import EnginePool, count_samples
+from miles.errors import EngineError, EngineRequestError, EngineUnreachable, WaitTimeout
+
+from .scripted import TOKEN, ScriptedServer, hang_up, reply, stall
+
+
+@contextlib.asynccontextmanager
+async def pool_of(*servers: ScriptedServer, concurrency: int = 4, **options):
+    async with contextlib.AsyncExitStack() as stack:
+        for server in servers:
+            await stack.enter_async_context(server)
+        clients = [EngineClient(f"engine-{i}", s.url, TOKEN, timeouts=Timeouts()) for i, s in enumerate(servers)]
+        pool = EnginePool(clients, concurrency, **options)
+        stack.push_async_callback(pool.close)
+        yield pool
+
+
+def samples(n: int) -> dict:
+    return {"input_ids": [[1]] * n, "rid": [f"r{i}" for i in range(n)]}
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        ({"text": "a"}, 1),
+        ({"text": ["a", "b"]}, 2),
+        ({"input_ids": [1, 2, 3]}, 1),
+        ({"input_ids": np.array([1, 2, 3])}, 1),
+        ({"input_ids": [[1], [2, 3]]}, 2),
+        ({"input_ids": np.zeros((3, 2), int)}, 3),
+        ({"input_ids": [[1], [2]], "sampling_params": {"n": 4}}, 8),
+        ({"input_ids": [[1], [2]], "sampling_params": [{"n": 4}, {}]}, 5),
+        ({"text": "a", "sampling_params": {"n": None}}, 1),
+    ],
+)
+def test_samples_of_a_payload(payload, expected):
+    assert count_samples(payload) == expected
+
+
+async def test_places_are_kept_and_engines_share_the_load():
+    servers = [ScriptedServer(default=stall(0.02)) for _ in range(2)]
+    async with pool_of(*servers, concurrency=3) as pool:
+        work = [asyncio.create_task(pool.generate({"text": "x"})) for _ in range(24)]
+        await asyncio.sleep(0.01)
+        assert pool.stats().in_flight == {"engine-0": 3, "engine-1": 3}
+        assert pool.stats().queued == 18
+        await asyncio.gather(*work)
+        assert [s.most_running for s in servers] == [3, 3]
+        assert [len(s.requests) for s in servers] == [12, 12]
+        assert pool.stats().in_flight == {"engine-0": 0, "engine-1": 0}
+        assert pool.stats().queued == 0
+
+
+async def test_a_group_takes_as_many_places_as_samples_and_a_large_one_has_the_engine_alone():
+    server = ScriptedServer(default=stall(0.02))
+    async with pool_of(server, concurrency=4) as pool:
+        work = [asyncio.create_task(pool.generate(samples(n))) for n in (3, 1, 2, 9, 2, 2)]
+        seen = []
+        while not all(task.done() for task in work):
+            stats = pool.stats()
+            seen.append(stats.in_flight["engine-0"])
+            await asyncio.sleep(0.005)
+        assert max(seen) == 4
+        order = [len(body["input_ids"]) for *_, body in server.requests]
+        assert order[:2] == [3, 1]
+        assert order[2:4] == [2, 9]  # the large one is not overtaken by those behind it
+
+
+async def test_the_least_loaded_engine_is_chosen():
+    slow, quick = ScriptedServer(default=stall(0.3)), ScriptedServer()
+    async with pool_of(slow, quick, concurrency=100) as pool:
+        group = asyncio.create_task(pool.generate(samples(8)))
+        await asyncio.sleep(0.05)
+        for _ in range(5):
+            await pool.generate(samples(1))
+        assert (len(slow.requests), len(quick.requests)) == (1, 5)
+        await group
+
+
+async def test_a_request_whose_engine_dies_goes_to_another_and_the_dead_one_gets_none_until_it_answers():
+    dying, healthy = ScriptedServer(default=hang_up()), ScriptedServer(default=reply(200, {"text": "ok"}))
+    async with pool_of(dying, healthy) as pool:
+        assert await asyncio.gather(*(pool.generate(samples(1)) for _ in range(6))) == [{"text": "ok"}] * 6
+        assert set(pool.stats().down) == {"engine-0"}
+        dying.requests.clear()
+        await pool.generate(samples(1))
+        assert not any(path == "/generate" for _, path, _ in dying.requests)
+        assert pool.stats().in_flight == {"engine-0": 0, "engine-1": 0}
+
+        dying.default = reply(200, {"text": "back"})
+        async with asyncio.timeout(5):
+            while pool.stats().down:
+                await asyncio.sleep(0.05)
+        assert await pool.generate(samples(1)) == {"text": "back"}
+
+
+async def test_without_any_engine_requests_fail_within_the_limit_and_say_why():
+    async with pool_of(ScriptedServer(default=hang_up()), recovery_limit_s=0.4) as pool:
+        async with asyncio.timeout(10):
+            outcomes = await asyncio.gather(*(pool.generate(samples(1)) for _ in range(8)), return_exceptions=True)
+            assert all(isinstance(o, EngineError) for o in outcomes)
+            with pytest.raises(
+                EngineError, match=r"none that answers for 0\.4 s: engine-0: engine engine-0: POST /generate"
+            ):
+                await pool.generate(samples(1))
+        assert pool.stats().in_flight == {"engine-0": 0}
+        assert pool.stats().queued == 0
+
+
+async def test_a_request_that_takes_engine_after_engine_down_is_given_up():
+    servers = [ScriptedServer(default=hang_up()) for _ in range(5)]
+    async with pool_of(*servers) as pool:
+        with pytest.raises(EngineUnreachable, match=r"request r0 and 1 more \(2 samples\), got 3 engines out of reach"):
+            await pool.generate(samples(2))
+        assert len(pool.stats().down) == 3
+
+
+async def test_a_wrong_request_is_the_callers_and_costs_no_engine():
+    async with pool_of(ScriptedServer(reply(400, {"message": "n is not a number"}))) as pool:
+        with pytest.raises(EngineRequestError, match="n is not a number"):
+            await pool.generate(samples(1))
+        assert not pool.stats().down
+        await pool.generate(samples(4))
+
+
+async def test_a_wait_without_movement_ends_with_names():
+    async with pool_of(ScriptedServer(default=stall(30)), concurrency=2, stall_limit_s=0.3) as pool:
+        first = asyncio.create_task(pool.generate(samples(2)))
+        await asyncio.sleep(0.02)
+        with pytest.raises(WaitTimeout) as caught:
+            await pool.generate({"text": "x", "rid": "group-7"})
+        assert "request group-7 (1 samples) for room on an engine, got none since" in str(caught.value)
+        assert "{'engine-0': 2} of 2" in str(caught.value)
+        first.cancel()
+        await asyncio.wait({first})
+        assert pool.stats().in_flight == {"engine-0": 0}
+
+
+async def test_movement_elsewhere_keeps_a_wait_alive():
+    async with pool_of(ScriptedServer(default=stall(0.1)), concurrency=1, stall_limit_s=0.4) as pool:
+        await asyncio.gather(*(pool.generate(samples(1)) for _ in range(10)))  # the last one waits 0.9 s
+
+
+async def test_no_place_is_lost_to_cancellation():
+    rng = random.Random(0)
+    async with pool_of(*(ScriptedServer(default=stall(0.004)) for _ in range(2)), concurrency=3) as pool:
+
+        async def one() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rng.uniform(0, 0.05)):
+                    await pool.generate(samples(rng.randint(1, 4)))
+
+        await asyncio.gather(*(one() for _ in range(150)))
+        assert pool.stats().in_flight == {"engine-0": 0, "engine-1": 0}
+        assert pool.stats().queued == 0
+        await asyncio.gather(*(pool.generate(samples(3)) for _ in range(2)))
+
+
+async def test_control_of_all_engines():
+    servers = [ScriptedServer(), ScriptedServer()]
+    async with pool_of(*servers) as pool:
+        await pool.pause_all()
+        await pool.abort_all()
+        await pool.resume_all()
+        for server in servers:
+            assert [path for _, path, _ in server.requests] == [
+                "/pause_generation",
+                "/abort_request",
+                "/continue_generation",
+            ]
+        servers[1].default = reply(500, b"cannot")
+        with pytest.raises(EngineError, match="engine-1"):
+            await pool.pause_all()
+        assert len(servers[0].requests) == 4
+
+
+async def test_closing_fails_who_still_waits():
+    async with pool_of(ScriptedServer(default=stall(0.2)), concurrency=1) as pool:
+        work = [asyncio.create_task(pool.generate(samples(1))) for _ in range(2)]
+        await asyncio.sleep(0.02)
+        await pool.close()
+        with pytest.raises(EngineError, match="closes"):
+            await work[1]
+        await asyncio.wait(work)
+
+
+def test_a_pool_needs_engines_and_places():
+    with pytest.raises(ValueError, match="clients, got none"):
+        EnginePool([], 4)
+    with pytest.raises(ValueError, match="concurrency, got 0"):
+        EnginePool([EngineClient("e", "http://127.0.0.1:1", TOKEN)], 0)

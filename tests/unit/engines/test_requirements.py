@@ -1,0 +1,53 @@
+"""`miles.engines.check`: what cannot work is found before any process starts; the package itself imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from miles import engines
+from miles.config import Config
+
+
+def with_flags(group: str, **flags) -> Config:
+    config = Config()
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **flags)})
+
+
+def test_the_defaults_are_fine():
+    assert engines.check(Config()) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "flags", "text"),
+    [
+        (
+            "cluster",
+            {"rollout_engine": "sglang"},
+            "--rollout-engine, got sglang: SGLang servers are not built yet; use",
+        ),
+        ("sglang", {"rollout_num_gpus_per_engine": 2}, "--rollout-num-gpus-per-engine, got 2: "),
+        ("sglang", {"sglang_server_concurrency": 0}, "--sglang-server-concurrency, got 0: "),
+        ("sglang", {"sglang_request_timeout": 0.0}, "--sglang-request-timeout, got 0.0: "),
+        ("cluster", {"update_weight_buffer_size": 0}, "--update-weight-buffer-size, got 0: "),
+    ],
+)
+def test_problems(group, flags, text):
+    [problem] = engines.check(with_flags(group, **flags))
+    assert str(problem).startswith(text)
+
+
+def test_a_run_without_engines_has_none_of_these_problems():
+    config = with_flags("cluster", rollout_engine="sglang")
+    config = dataclasses.replace(config, debug=dataclasses.replace(config.debug, debug_train_only=True))
+    assert engines.check(config) == []
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, miles.engines; print([m for m in ('torch', 'aiohttp', 'rich', 'tyro', 'ray') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
