@@ -1,0 +1,30 @@
+"""The rollout room: prompts in, scored groups out.
+
+    DataSource --groups--> GroupRollout --samples--> engines --text, tokens, log-probs--> rewards --> filter --> RolloutOutput
+
+`Rollout` is what the cluster builds; `check` and `label_required` serve the preflight.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .evaluate import EvalOutput
+    from .preflight import check, label_required
+    from .rollout import Rollout
+
+__all__ = ["EvalOutput", "Rollout", "check", "label_required"]
+
+# Reward workers import this package too and must start quickly, so the parts are loaded when they are asked for.
+_HOMES = {"Rollout": "rollout", "EvalOutput": "evaluate", "check": "preflight", "label_required": "preflight"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Names that modules written for Miles import; the parts live in `miles.rollout.filters` and `miles.interfaces`."""

@@ -1,0 +1,137 @@
+"""What can be wrong with rewards, hooks and sampling, found before any process starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from miles.config import Problem, eval_datasets, load_hook, nearest
+from miles.errors import ConfigError, HookError
+
+from .reward_setup import evaluation_rewards, training_rewards
+from .rewards import registry
+from .rewards.scorer import RewardSource
+
+if TYPE_CHECKING:
+    from miles.config import Config, EvalDataset
+
+HookSpec = tuple[str, str, tuple[str, ...], bool | None]
+"""(path, flag, positional parameters, must be async)"""
+
+
+def hook_flags(config: Config) -> dict[str, HookSpec]:
+    """The hooks that run in the manager's process."""
+    flags = config.rollout
+    hooks: dict[str, HookSpec] = {}
+    if path := flags.custom_generate_function_path:
+        hooks["generate"] = (
+            path,
+            "--custom-generate-function-path",
+            ("args", "sample", "sampling_params"),
+            True,
+        )
+    if path := flags.dynamic_sampling_filter_path:
+        hooks["filter"] = (path, "--dynamic-sampling-filter-path", ("args", "samples"), None)
+    return hooks
+
+
+def check(config: Config) -> list[Problem]:
+    """Every problem of this room's flags; an empty list when there is none."""
+    return list(_problems(config))
+
+
+def _problems(config: Config) -> Iterator[Problem | Any]:
+    flags = config.rollout
+    for path, flag, parameters, is_async in hook_flags(config).values():
+        yield from _hook_problems(path, flag, parameters, is_async)
+    if flags.group_rm and flags.custom_rm_path is None:
+        yield Problem(
+            "--group-rm", None, "only a hook can score whole groups", "give --custom-rm-path, or leave --group-rm out"
+        )
+    yield from _reward_problems("--rm-type", training_rewards(config), flags.rm_url, flags.label_key)
+    if not config.debug.debug_train_only:
+        for dataset in eval_datasets(config):
+            source = evaluation_rewards(config, dataset)
+            yield from _reward_problems(
+                f"rm_type of evaluation {dataset.name}", source, flags.rm_url, dataset.label_key
+            )
+    if flags.rm_timeout <= 0:
+        yield Problem("--rm-timeout", flags.rm_timeout, "no reward can be had in no time", "give seconds above 0")
+    if flags.rm_num_workers < 1:
+        yield Problem("--rm-num-workers", flags.rm_num_workers, "rewards need a process to run in", "give 1 or more")
+    if flags.rm_max_retries < 0:
+        yield Problem("--rm-max-retries", flags.rm_max_retries, "it counts repetitions", "give 0 or more")
+    if not 0 <= flags.max_failed_sample_fraction <= 1:
+        yield Problem(
+            "--max-failed-sample-fraction", flags.max_failed_sample_fraction, "it is a share of samples", "give 0 to 1"
+        )
+    if flags.custom_generate_timeout <= 0:
+        yield Problem(
+            "--custom-generate-timeout", flags.custom_generate_timeout, "a hook needs time", "give seconds above 0"
+        )
+
+
+def _hook_problems(path: str, flag: str, parameters: tuple[str, ...], is_async: bool | None) -> Iterator[Any]:
+    try:
+        load_hook(path, flag=flag, parameters=parameters, is_async=is_async)
+    except HookError as error:
+        yield _as_problem(error)
+
+
+def _reward_problems(what: str, source: RewardSource, url: str | None, label_key: str | None) -> Iterator[Any]:
+    if source.hook is not None:
+        parameters = ("args", "samples" if source.group else "sample")
+        yield from _hook_problems(source.hook, "--custom-rm-path", parameters, None)
+        return
+    if source.rm_type is None:
+        return  # rows may name their own; `label_required` and the scorer see each of them
+    try:
+        rule = registry.find(source.rm_type)
+    except ConfigError:
+        near = nearest(source.rm_type.removeprefix(registry.BOXED), registry.names())
+        known = ", ".join(registry.names())
+        yield Problem(
+            what,
+            source.rm_type,
+            "no reward has this name",
+            f"did you mean {near}?" if near else f"choose one of {known}",
+        )
+        return
+    if rule.needs_url and not url:
+        yield Problem("--rm-url", None, f"{what} {source.rm_type} asks a service", "give its address")
+    if rule.needs_label and label_key is None:
+        yield Problem(
+            "--label-key",
+            None,
+            f"{what} {source.rm_type} compares with a label",
+            "name the column that holds the answers",
+        )
+
+
+def _as_problem(error: Exception) -> Problem:
+    """An error of the form "<what>, got <got>: <why>; <fix>", taken apart."""
+    head, _, rest = str(error).partition(": ")
+    what, _, got = head.partition(", got ")
+    why, _, fix = rest.rpartition("; ")
+    return Problem(what, got or None, why or rest, fix if why else "mend the hook")
+
+
+def label_required(config: Config) -> Callable[[dict[str, Any]], bool]:
+    """For the training prompts: does the row with this metadata need a label? Raises `ConfigError` for a reward type
+    in a row that does not exist."""
+    return _label_rule(training_rewards(config))
+
+
+def dataset_label_required(config: Config, dataset: EvalDataset) -> Callable[[dict[str, Any]], bool]:
+    """The same for the prompts of an evaluation."""
+    return _label_rule(evaluation_rewards(config, dataset))
+
+
+def _label_rule(source: RewardSource) -> Callable[[dict[str, Any]], bool]:
+    def required(metadata: dict[str, Any]) -> bool:
+        rm_type = metadata.get("rm_type")
+        if rm_type is None:
+            rm_type = None if source.hook is not None else source.rm_type
+        return rm_type is not None and registry.find(rm_type).needs_label
+
+    return required

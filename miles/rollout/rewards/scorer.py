@@ -1,0 +1,184 @@
+"""Gives samples their rewards: chooses the reward of each sample and where it runs.
+
+    sample --metadata["rm_type"] > hook > --rm-type--> inline rule | quick verdict | service | worker
+                                                                     |
+           sample.reward, or status FAILED with `error`  <-----------'
+
+Consumes generated samples, changes them in place. Waits for reward workers and services, each under its time limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from miles.errors import HookError, MilesError
+from miles.interfaces import Args
+from miles.types import Sample, Status
+
+from . import registry
+from .pool import Failed, Item, RewardPool, Scored
+from .registry import Rule
+from .target import Target
+from .worker import check_rewards
+
+logger = logging.getLogger(__name__)
+
+#: Large, or not JSON, and of no use to a reward.
+_NOT_SENT = ("rollout_routed_experts", "rollout_log_probs")
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """Where the rewards of a training run, or of one evaluation data set, come from."""
+
+    rm_type: str | None = None
+    hook: str | None = None
+    group: bool = False
+    """The hook scores whole groups."""
+    reward_key: str | None = None
+    evaluation: bool = False
+
+
+class Scorer:
+    """`pool` may be None where no reward needs a worker."""
+
+    def __init__(self, args: Args, pool: RewardPool | None):
+        self._args = args
+        self._pool = pool
+
+    async def score(self, samples: Sequence[Sample], seeds: Sequence[int], source: RewardSource) -> list[str]:
+        """Sets the reward of every sample that has none yet and did not fail. `seeds` are for random rewards.
+
+        A sample whose reward cannot be had becomes FAILED with the reason in `error`. Returns the failures' tracebacks.
+        """
+        open_ = [i for i, s in enumerate(samples) if s.reward is None and s.status is not Status.FAILED]
+        tracebacks: list[str] = []
+        by_target: dict[Target, list[int]] = {}
+        inline: list[tuple[int, Rule, str]] = []
+        for i in open_:
+            try:
+                target = self._target(samples[i], source)
+                if target.kind == "hook":
+                    by_target.setdefault(target, []).append(i)
+                    continue
+                rule = registry.find(target.name)
+                if rule.inline:
+                    inline.append((i, rule, target.name))
+                elif rule.quick is None or (verdict := rule.quick(samples[i])) is None:
+                    by_target.setdefault(target, []).append(i)
+                else:
+                    samples[i].reward = verdict
+            except MilesError as error:
+                fail(samples[i], error)
+                tracebacks.append(traceback.format_exc())
+        waits = [self._score_inline(samples[i], seeds[i], rule, name) for i, rule, name in inline]
+        waits += [
+            self._score_in_worker([samples[i] for i in group], [seeds[i] for i in group], target, source)
+            for target, group in by_target.items()
+        ]
+        for found in await asyncio.gather(*waits):
+            tracebacks += found
+        for i in open_:
+            tracebacks += _check_key(samples[i], source.reward_key)
+        return tracebacks
+
+    @staticmethod
+    def _target(sample: Sample, source: RewardSource) -> Target:
+        named = sample.metadata.get("rm_type")
+        if named is None and source.hook is not None:
+            return Target("hook", source.hook, source.group)
+        rm_type = named if named is not None else source.rm_type
+        if rm_type is None:
+            raise HookError(
+                f"reward of sample {sample.index}, got no reward type: neither --rm-type, --custom-rm-path nor "
+                'metadata["rm_type"] names one; give one of them'
+            )
+        return Target("rule", rm_type)
+
+    async def _score_inline(self, sample: Sample, seed: int, rule: Rule, rm_type: str) -> list[str]:
+        offered = {"response": registry.graded_text(rm_type, sample), "seed": seed, "timeout_s": self._limit_s(rule)}
+        try:
+            result = registry.call(rule.function, self._args, sample, **offered)
+            if inspect.isawaitable(result):
+                result = await result
+            (sample.reward,) = check_rewards([result], 1, rm_type)
+        except Exception as error:
+            fail(sample, error)
+            return [traceback.format_exc()]
+        return []
+
+    def _limit_s(self, rule: Rule | None) -> float:
+        limit_s = float(self._args.rm_timeout)
+        return limit_s if rule is None or rule.time_limit_s is None else min(limit_s, rule.time_limit_s)
+
+    async def _score_in_worker(
+        self, samples: list[Sample], seeds: list[int], target: Target, source: RewardSource
+    ) -> list[str]:
+        assert self._pool is not None, f"reward {target.key} needs a worker"
+        rule = registry.find(target.name) if target.kind == "rule" else None
+        batches = [samples] if target.group else [[sample] for sample in samples]
+        items = [Item([_to_dict(s) for s in batch], seed) for batch, seed in zip(batches, seeds, strict=False)]
+        try:
+            outcomes = await self._pool.run(
+                target,
+                items,
+                timeout_s=self._limit_s(rule),
+                retry=rule is None,  # a rule gives the same answer again
+                evaluation=source.evaluation,
+            )
+        except TypeError as error:
+            outcomes = [Failed(f"a sample cannot be sent to a reward worker: {error}", traceback.format_exc())] * len(
+                items
+            )
+        tracebacks: list[str] = []
+        for batch, outcome in zip(batches, outcomes, strict=True):
+            if isinstance(outcome, Scored):
+                for sample, reward, changes in zip(batch, outcome.rewards, outcome.changes, strict=True):
+                    sample.reward = reward
+                    for name, value in changes.items():
+                        setattr(sample, name, value)
+            elif outcome.timeout and rule is not None and rule.timeout_reward is not None:
+                for sample in batch:
+                    sample.reward = rule.timeout_reward
+                    sample.metadata = {**sample.metadata, "reward_timeout": True}
+            else:
+                for sample in batch:
+                    sample.status, sample.error = Status.FAILED, f"reward {target.name}: {outcome.error}"
+                tracebacks.append(outcome.traceback or f"reward {target.name}: {outcome.error}")
+        return tracebacks
+
+
+def fail(sample: Sample, error: BaseException) -> None:
+    """Marks the sample FAILED with the exception's text."""
+    sample.status, sample.error = Status.FAILED, f"{type(error).__name__}: {error}"
+
+
+def scalar(reward: Any, reward_key: str | None) -> float:
+    """The number that counts: the reward, or its entry `reward_key` when it is a dict."""
+    return float(reward[reward_key] if isinstance(reward, dict) else reward)
+
+
+def _check_key(sample: Sample, reward_key: str | None) -> list[str]:
+    """A dict needs --reward-key to say which of its numbers trains."""
+    if not isinstance(sample.reward, dict) or sample.status is Status.FAILED:
+        return []
+    value = sample.reward.get(reward_key) if reward_key is not None else None
+    if isinstance(value, int | float):
+        return []
+    keys = sorted(map(str, sample.reward))
+    text = f"reward of sample {sample.index}, got a dict with keys {keys}: --reward-key is {reward_key!r}; name one of them"
+    fail(sample, HookError(text))
+    return [text]
+
+
+def _to_dict(sample: Sample) -> dict[str, Any]:
+    data = sample.to_dict()
+    for name in _NOT_SENT:
+        data[name] = None
+    return data

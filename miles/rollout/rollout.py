@@ -1,0 +1,114 @@
+"""The rollout room's front: what the cluster builds, starts and asks."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+from miles.config import Config, eval_datasets, load_hook
+from miles.data.prompts import load_prompts
+from miles.errors import DataError
+from miles.interfaces import Args, DataSource
+from miles.types import RolloutOutput
+
+from .context import Runtime, find_eos_token_ids
+from .evaluate import EvalOutput, Evaluator
+from .filters import GroupFilter
+from .groups import GroupRunner
+from .loop import GroupRollout, Progress, stall_limit_s
+from .preflight import dataset_label_required, hook_flags
+from .reward_setup import reward_pool
+from .rewards import remote
+from .rewards.scorer import Scorer
+from .watchdog import LoopWatchdog
+
+if TYPE_CHECKING:
+    from miles.engines.pool import EnginePool
+
+
+class Rollout:
+    """Training rollouts and evaluations over one pool of engines. Lives in one event loop; one call at a time.
+
+    rollout = Rollout(config, source=source, pool=pool, tokenizer=tokenizer, args=args)
+    await rollout.start()
+    output = await rollout.generate(0)
+    await rollout.close()
+    """
+
+    def __init__(self, config: Config, *, source: DataSource, pool: EnginePool, tokenizer: Any, args: Args):
+        self._config = config
+        self._source = source
+        self._runtime = Runtime(config, args, pool, tokenizer, find_eos_token_ids(tokenizer, config.ckpt.hf_checkpoint))
+        self._stack = AsyncExitStack()
+        self._loop: GroupRollout | None = None
+        self._evaluator: Evaluator | None = None
+        self.on_progress: Progress = lambda done, total, tokens: None
+        """Called with groups done, groups wanted and tokens generated, whenever one of them changes."""
+
+    async def start(self) -> None:
+        """Loads hooks and evaluation prompts and starts the reward workers.
+
+        Raises:
+            HookError: a hook cannot be loaded, here or in a reward worker.
+            DataError: an evaluation file is broken or empty.
+        """
+        config, flags = self._config, self._config.rollout
+        hooks = {
+            name: load_hook(path, flag=flag, parameters=parameters, is_async=is_async)
+            for name, (path, flag, parameters, is_async) in hook_flags(config).items()
+        }
+        pool = await self._stack.enter_async_context(reward_pool(config, num_workers=flags.rm_num_workers))
+        self._stack.push_async_callback(remote.close)
+        self._stack.enter_context(LoopWatchdog())
+        runner = GroupRunner(
+            self._runtime,
+            Scorer(self._runtime.args, pool),
+            hook=hooks.get("generate"),
+            hook_name=f"--custom-generate-function-path {flags.custom_generate_function_path}",
+            hook_limit_s=flags.custom_generate_timeout,
+        )
+        self._loop = GroupRollout(
+            self._runtime,
+            self._source,
+            runner,
+            GroupFilter(hooks.get("filter"), flags.dynamic_sampling_filter_path or "", self._runtime.args),
+            stall_limit_s=stall_limit_s(config),
+            on_progress=lambda done, total, tokens: self.on_progress(done, total, tokens),
+        )
+        self._evaluator = Evaluator(self._runtime, runner, [(d, self._load(d)) for d in eval_datasets(config)])
+
+    def _load(self, dataset: Any) -> Any:
+        """The prompts of one evaluation data set."""
+        data = load_prompts(
+            dataset.path,
+            input_key=dataset.input_key,
+            label_key=dataset.label_key,
+            metadata_key=dataset.metadata_key,
+            tool_key=dataset.tool_key,
+            apply_chat_template=dataset.apply_chat_template,
+            apply_chat_template_kwargs=self._config.rollout.apply_chat_template_kwargs,
+            tokenizer=self._runtime.tokenizer,
+            max_prompt_len=dataset.max_prompt_len,
+            require_label=dataset_label_required(self._config, dataset),
+            require_tokens=self._config.rollout.custom_generate_function_path is None,
+        )
+        if not data.prompts:
+            raise DataError(
+                f"evaluation {dataset.name}, got no prompt from {dataset.path} ({data.skipped} too long): "
+                "give a file with prompts, or raise max_prompt_len"
+            )
+        return data.prompts
+
+    async def generate(self, rollout_id: int) -> RolloutOutput:
+        """Training rollout `rollout_id`; see `loop.GroupRollout`."""
+        assert self._loop is not None, "start() first"
+        return await self._loop(rollout_id)
+
+    async def evaluate(self, rollout_id: int) -> EvalOutput:
+        """Scores what is due with the weights that the engines hold; see `evaluate.Evaluator`."""
+        assert self._evaluator is not None, "start() first"
+        return await self._evaluator(rollout_id, self.on_progress)
+
+    async def close(self) -> None:
+        """Ends reward workers and connections. Safe to call twice, and after a `start` that failed."""
+        await self._stack.aclose()
