@@ -1,15 +1,34 @@
-"""Reinforcement-learning arithmetic as pure functions: arrays in, arrays out, no configuration and no process group."""
+"""Reinforcement-learning arithmetic as pure functions: arrays in, arrays out, no configuration and no process group.
 
-from .advantages import advantage_estimators, equal_reward_groups, grpo_advantages
-from .aggregation import aggregations, loss_weights
-from .corrections import corrections
-from .kl import kl, kl_estimators
-from .losses import policy_loss, surrogates
-from .metrics import Metric, finish_metrics, merge_metrics
-from .mismatch import mismatch_metrics
-from .reductions import masked, masked_max, masked_mean, masked_sum
-from .spec import PolicyLossSpec
-from .terms import Term
+`kl.kl`, `kl.kl_estimators` and `corrections.corrections` are imported from their modules, whose names they share.
+Names here are imported when first used: the rollout manager and the command line need the numpy half alone, and torch takes two
+seconds to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .advantages import advantage_estimators, equal_reward_groups, grpo_advantages
+    from .aggregation import aggregations, loss_weights
+    from .losses import policy_loss, surrogates
+    from .metrics import Metric, finish_metrics, merge_metrics
+    from .mismatch import mismatch_metrics
+    from .reductions import masked, masked_max, masked_mean, masked_sum
+    from .spec import PolicyLossSpec
+    from .terms import Term
+
+_HOMES = {
+    "advantages": ("advantage_estimators", "equal_reward_groups", "grpo_advantages"),
+    "aggregation": ("aggregations", "loss_weights"),
+    "losses": ("policy_loss", "surrogates"),
+    "metrics": ("Metric", "finish_metrics", "merge_metrics"),
+    "mismatch": ("mismatch_metrics",),
+    "reductions": ("masked", "masked_max", "masked_mean", "masked_sum"),
+    "spec": ("PolicyLossSpec",),
+    "terms": ("Term",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Metric",
@@ -17,12 +36,9 @@ __all__ = [
     "Term",
     "advantage_estimators",
     "aggregations",
-    "corrections",
     "equal_reward_groups",
     "finish_metrics",
     "grpo_advantages",
-    "kl",
-    "kl_estimators",
     "loss_weights",
     "masked",
     "masked_max",
@@ -33,3 +49,11 @@ __all__ = [
     "policy_loss",
     "surrogates",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,30 @@
+"""From prompt files to what one data-parallel rank trains on.
+
+load_prompts -> RolloutDataSource -> (rollout) -> build_train_batches -> one TrainBatch for each rank
+"""
+
+from .batch import TrainBatches, build_train_batches
+from .check import check
+from .debug import load_rollout_samples, save_rollout_samples
+from .plan import Plan, plan_batch
+from .prompts import Prompt, PromptData, load_prompts
+from .row import TrainRow, check_sample
+from .source import RolloutDataSource
+from .tokenizer import load_tokenizer
+
+__all__ = [
+    "Plan",
+    "Prompt",
+    "PromptData",
+    "RolloutDataSource",
+    "TrainBatches",
+    "TrainRow",
+    "build_train_batches",
+    "check",
+    "check_sample",
+    "load_prompts",
+    "load_rollout_samples",
+    "load_tokenizer",
+    "plan_batch",
+    "save_rollout_samples",
+]

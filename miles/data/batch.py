@@ -1,0 +1,327 @@
+"""Scored groups into what the trainers get: one `TrainBatch` for each data-parallel rank.
+
+    groups -> trajectories -> rewards, normalised in their group -> optimizer steps of global_batch_size trajectories, in order
+           -> loss weights and totals of each step, before any split -> rows of zero advantage left out
+           -> plan (ranks, micro-batches) -> columns sliced for each rank
+
+Out of the loss and of its denominators: trajectories with a FAILED row (also out of their group's statistics, for they have
+no reward), rows marked `remove_sample` (kept in the statistics) and rows without an unmasked token. Such rows are not sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from miles.algo.advantages import advantage_estimators, equal_reward_groups
+from miles.algo.aggregation import loss_weights
+from miles.config import Config, GrpoArgs, args_view
+from miles.errors import ConfigError, DataError, HookError
+from miles.interfaces import Args
+from miles.types import Sample, SampleGroup, Status, StepTotals, TrainBatch
+
+from .plan import Plan, plan_batch
+from .row import TrainRow, check_sample, trajectory_of
+
+#: `f(args, samples) -> (raw, rewards)`: one entry a sample each; `rewards` become the advantages.
+RewardPostProcess = Callable[[Args, list[Sample]], tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """One rollout, ready for the trainers."""
+
+    batches: list[TrainBatch]
+    """One for each data-parallel rank."""
+    metrics: dict[str, float]
+    """`rollout/...`, see `_metrics`."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One conversation with the model: what batch sizes, group statistics and sequence denominators count."""
+
+    group: int
+    """Position of its group in the rollout."""
+    rows: list[Sample]
+
+    @property
+    def failed(self) -> bool:
+        return any(row.status is Status.FAILED for row in self.rows)
+
+
+def build_train_batches(
+    groups: list[SampleGroup],
+    *,
+    config: Config,
+    rollout_id: int,
+    dp_size: int,
+    reward_post_process: RewardPostProcess | None = None,
+    score_all: bool = False,
+) -> TrainBatches:
+    """The trainers' batches of one rollout, and its metrics.
+
+    reward_post_process replaces group normalisation. score_all keeps rows of zero advantage, which are otherwise left out
+    when neither a KL nor an entropy term applies to them: their gradient is zero, and denominators count them all the same.
+    Raises DataError for a sample that breaks its contract or a number of trajectories that `global_batch_size` does not
+    divide, HookError for what the hook returned.
+    """
+    trajectories = _trajectories(groups)
+    step_size = _step_size(len(trajectories), config)
+    scored = [t for t in trajectories if not t.failed]
+    raw, advantages = _rewards(scored, config, reward_post_process)
+
+    kept: list[TrainRow] = []
+    columns: dict[str, list[float]] = {"raw_rewards": [], "rewards": [], "step": []}
+    step_of = {id(t): number // step_size for number, t in enumerate(trajectories)}
+    for trajectory, raw_of_rows, advantage_of_rows in zip(scored, raw, advantages, strict=True):
+        for sample, raw_reward, advantage in zip(trajectory.rows, raw_of_rows, advantage_of_rows, strict=True):
+            if sample.remove_sample:
+                continue
+            row = check_sample(sample)
+            if row.trained_tokens:
+                kept.append(row)
+                columns["raw_rewards"].append(raw_reward)
+                columns["rewards"].append(advantage)
+                columns["step"].append(step_of[id(trajectory)])
+
+    step_of_row = np.array(columns["step"], dtype=np.int64)
+    rewards = np.array(columns["rewards"], dtype=np.float32)
+    num_steps = len(trajectories) // step_size
+    sent = np.full(len(kept), True) if score_all or _scores_every_row(config.grpo) else rewards != 0
+    weights, totals = _weights(kept, step_of_row, sent, num_steps, config)
+    with_log_probs = _has_rollout_log_probs(kept, config.grpo)
+
+    rows = [row for row, is_sent in zip(kept, sent, strict=True) if is_sent]
+    row_columns = {
+        "total_lengths": np.array([len(row.tokens) for row in rows], dtype=np.int64),
+        "response_lengths": np.array([len(row.loss_mask) for row in rows], dtype=np.int64),
+        "rewards": rewards[sent],
+        "raw_rewards": np.array(columns["raw_rewards"], dtype=np.float32)[sent],
+        "temperature": np.array([row.temperature for row in rows], dtype=np.float32),
+        "loss_weight": weights[sent].astype(np.float32),
+        "sample_index": np.array([row.index for row in rows], dtype=np.int64),
+        "trajectory_id": np.array([row.trajectory_id for row in rows], dtype=np.int64),
+        "group_index": np.array([row.group_index for row in rows], dtype=np.int64),
+    }
+    plan = _plan(row_columns["total_lengths"], step_of_row[sent], num_steps, dp_size, config)
+    batches = [_slice(rows, row_columns, plan, rank, totals, rollout_id, with_log_probs) for rank in range(dp_size)]
+    return TrainBatches(batches, _metrics(trajectories, raw, totals))
+
+
+def _trajectories(groups: list[SampleGroup]) -> list[Trajectory]:
+    """Trajectories in order of their first rows. DataError where one is found in two groups."""
+    found: dict[int, Trajectory] = {}
+    for number, group in enumerate(groups):
+        for sample in group:
+            name = trajectory_of(sample)
+            trajectory = found.setdefault(name, Trajectory(number, []))
+            if trajectory.group != number:
+                raise DataError(
+                    f"trajectory_id of sample {sample.index}, got {name} in two groups: rows of different prompts would count "
+                    "as one conversation; use the index of the sample that the hook was given"
+                )
+            trajectory.rows.append(sample)
+    return list(found.values())
+
+
+def _step_size(num_trajectories: int, config: Config) -> int:
+    """Trajectories of one optimizer step. DataError where a step would be left incomplete: every sample counts once."""
+    size = config.rollout.global_batch_size or num_trajectories
+    if not num_trajectories or num_trajectories % size:
+        raise DataError(
+            f"rollout, got {num_trajectories} trajectories: they do not fill optimizer steps of --global-batch-size {size}; "
+            "return every sample of every group, with one trajectory_id for the rows of one conversation"
+        )
+    return size
+
+
+def _rewards(
+    scored: list[Trajectory], config: Config, reward_post_process: RewardPostProcess | None
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Raw rewards and advantages of every row of every scored trajectory."""
+    if reward_post_process is not None:
+        samples = [row for t in scored for row in t.rows]
+        raw, rewards = _post_processed(samples, config, reward_post_process)
+        bounds = np.cumsum([len(t.rows) for t in scored])[:-1]
+        return [part.tolist() for part in np.split(raw, bounds)], [part.tolist() for part in np.split(rewards, bounds)]
+
+    raw_of_trajectory = np.array([_reward(t, config) for t in scored], dtype=np.float64)
+    advantages = advantage_estimators.get(config.grpo.advantage_estimator)(
+        raw_of_trajectory,
+        np.array([t.group for t in scored], dtype=np.int64),
+        normalize_std=not config.grpo.disable_grpo_std_normalization,
+        baseline=not config.grpo.disable_rewards_normalization,
+    )
+    return tuple(  # type: ignore[return-value]  # two columns
+        [[float(value)] * len(t.rows) for t, value in zip(scored, column, strict=True)]
+        for column in (raw_of_trajectory, advantages)
+    )
+
+
+def _reward(trajectory: Trajectory, config: Config) -> float:
+    """Reward of the last row, which has seen the whole conversation; its rows all train with it."""
+    last = trajectory.rows[-1]
+    try:
+        reward = last.get_reward_value(cast(Args, config.rollout))
+    except (ValueError, TypeError) as error:
+        raise DataError(str(error)) from error
+    if not np.isfinite(reward):
+        raise DataError(
+            f"reward of sample {last.index}, got {reward}: it spoils its whole group; "
+            "return a finite number, or raise in the reward hook so that the sample is FAILED"
+        )
+    return reward
+
+
+def _post_processed(
+    samples: list[Sample], config: Config, reward_post_process: RewardPostProcess
+) -> tuple[np.ndarray, np.ndarray]:
+    result = reward_post_process(args_view(config), samples)
+    try:
+        raw, rewards = (np.asarray(column, dtype=np.float64) for column in result)
+    except (TypeError, ValueError) as error:
+        raise HookError(
+            f"reward post-processing hook, got {type(result).__name__} ({error}): it returns (raw, rewards), a number for each sample"
+        ) from error
+    for name, column in (("raw", raw), ("rewards", rewards)):
+        if column.shape != (len(samples),) or not np.isfinite(column).all():
+            raise HookError(
+                f"reward post-processing hook, got {name} of shape {column.shape}: it returns a finite number for each of the "
+                f"{len(samples)} samples; return them in order"
+            )
+    return raw, rewards
+
+
+def _scores_every_row(grpo: GrpoArgs) -> bool:
+    """Whether a term other than the surrogate applies, so that a row of zero advantage still has a gradient or a metric."""
+    return grpo.use_kl_loss or grpo.entropy_coef != 0
+
+
+def _weights(
+    rows: list[TrainRow], step_of_row: np.ndarray, sent: np.ndarray, num_steps: int, config: Config
+) -> tuple[np.ndarray, tuple[StepTotals, ...]]:
+    """Loss weight of each row [B] float64, and what each optimizer step is made of, skipped rows included."""
+    grpo = config.grpo
+    mode = grpo.loss_aggregation or ("token_mean" if grpo.calculate_per_token_loss else "seq_mean")
+    constant_length = grpo.loss_constant_length or config.rollout.rollout_max_response_len
+    tokens = np.array([row.trained_tokens for row in rows], dtype=np.int64)
+    trajectory = np.array([row.trajectory_id for row in rows], dtype=np.int64)
+    weights = np.zeros(len(rows), dtype=np.float64)
+    totals = []
+    for step in range(num_steps):
+        mine = step_of_row == step
+        weights[mine] = loss_weights(tokens[mine], trajectory[mine], mode=mode, constant_length=constant_length)
+        totals.append(
+            StepTotals(
+                num_trajectories=len(np.unique(trajectory[mine])),
+                num_tokens=int(tokens[mine].sum()),
+                num_rows=int(mine.sum()),
+                num_skipped_rows=int((mine & ~sent).sum()),
+            )
+        )
+    return weights, tuple(totals)
+
+
+def _has_rollout_log_probs(rows: list[TrainRow], grpo: GrpoArgs) -> bool:
+    """Whether the column is sent: decided by all rows. DataError where a row lacks what a feature needs."""
+    missing = [row.index for row in rows if row.rollout_log_probs is None]
+    flag = "--use-tis" if grpo.use_tis else "--use-rollout-logprobs" if grpo.use_rollout_logprobs else None
+    if missing and flag:
+        raise DataError(
+            f"rollout_log_probs, got none for {len(missing)} of {len(rows)} rows, first of sample {missing[0]}: {flag} needs "
+            "them; fill them in from the engine's output_token_logprobs, or switch the flag off"
+        )
+    return bool(rows) and not missing
+
+
+def _plan(lengths: np.ndarray, step_of_row: np.ndarray, num_steps: int, dp_size: int, config: Config) -> Plan:
+    max_tokens = None
+    if config.perf.use_dynamic_batch_size:
+        max_tokens = config.perf.max_tokens_per_gpu
+        if max_tokens is None:
+            raise ConfigError(
+                "--use-dynamic-batch-size, got no --max-tokens-per-gpu: it is the budget to fill; give it"
+            )
+    return plan_batch(
+        lengths,
+        step_of_row,
+        dp_size,
+        micro_batch_size=config.rollout.micro_batch_size if max_tokens is None else None,
+        max_tokens=max_tokens,
+        balance=config.rollout.balance_data,
+        num_steps=num_steps,
+    )
+
+
+def _slice(
+    rows: list[TrainRow],
+    row_columns: dict[str, np.ndarray],
+    plan: Plan,
+    rank: int,
+    totals: tuple[StepTotals, ...],
+    rollout_id: int,
+    with_log_probs: bool,
+) -> TrainBatch:
+    """One rank's rows, renumbered in the order in which it trains on them."""
+    micro_batches = [micro for step in plan.steps for micro in step[rank]]
+    mine = np.concatenate([*micro_batches, np.empty(0, dtype=np.int64)])
+    ends = np.cumsum([len(micro) for micro in micro_batches])
+    local = iter(np.split(np.arange(len(mine), dtype=np.int64), ends[:-1]))
+    ragged = {
+        "tokens": _concatenate([rows[i].tokens for i in mine], np.int64),
+        "loss_mask": _concatenate([rows[i].loss_mask for i in mine], np.uint8),
+    }
+    if with_log_probs:
+        log_probs = [row.rollout_log_probs for row in (rows[i] for i in mine) if row.rollout_log_probs is not None]
+        ragged["rollout_log_probs"] = _concatenate(log_probs, np.float32)
+    return TrainBatch(
+        rollout_id=rollout_id,
+        rows={name: column[mine] for name, column in row_columns.items()},
+        ragged=ragged,
+        steps=tuple(tuple(next(local) for _ in step[rank]) for step in plan.steps),
+        totals=totals,
+    )
+
+
+def _concatenate(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+
+
+def _metrics(
+    trajectories: list[Trajectory], raw: list[list[float]], totals: tuple[StepTotals, ...]
+) -> dict[str, float]:
+    """Metrics of the rollout. Rewards, lengths and truncation speak of trajectories that did not fail.
+
+    `zero_std_ratio` is the share of groups whose rewards are all equal; `rows_skipped` counts rows that were left out since
+    their gradient is zero, `rows_out_of_loss` those that failed, were removed or have no trained token.
+    """
+    scored = [t for t in trajectories if not t.failed]
+    num_rows = sum(len(t.rows) for t in trajectories)
+    metrics = {
+        "rollout/failed_ratio": 1.0 - len(scored) / len(trajectories),
+        "rollout/total_tokens": float(sum(len(row.tokens) for t in scored for row in t.rows)),
+        "rollout/trained_tokens": float(sum(step.num_tokens for step in totals)),
+        "rollout/rows": float(num_rows),
+        "rollout/rows_skipped": float(sum(step.num_skipped_rows for step in totals)),
+        "rollout/rows_out_of_loss": float(num_rows - sum(step.num_rows for step in totals)),
+    }
+    if not scored:
+        return metrics
+    rewards = np.array([rows[-1] for rows in raw])
+    groups = np.array([t.group for t in scored])
+    _, first = np.unique(groups, return_index=True)
+    lengths = np.array([sum(row.response_length for row in t.rows) for t in scored])
+    truncated = [any(row.status is Status.TRUNCATED for row in t.rows) for t in scored]
+    return metrics | {
+        "rollout/raw_reward": float(rewards.mean()),
+        "rollout/reward_std": float(rewards.std()),
+        "rollout/zero_std_ratio": float(equal_reward_groups(rewards, groups)[first].mean()),
+        "rollout/response_len/mean": float(lengths.mean()),
+        "rollout/response_len/max": float(lengths.max()),
+        "rollout/response_len/min": float(lengths.min()),
+        "rollout/truncated_ratio": float(np.mean(truncated)),
+    }

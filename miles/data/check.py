@@ -1,0 +1,37 @@
+"""What this room can find wrong before anything is read or started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from miles.config import Config, Problem, eval_datasets
+from miles.errors import DataError
+
+from .files import PROMPT_FILE_KINDS, split_slice
+
+
+def check(config: Config) -> list[Problem]:
+    """Problems of prompt and replay files: missing, of an unknown kind, or with a slice that cannot be read."""
+    problems: list[Problem] = []
+    if not config.debug.debug_train_only:
+        if config.rollout.prompt_data is not None:
+            problems += _check_prompts("--prompt-data", config.rollout.prompt_data)
+        for dataset in eval_datasets(config):
+            problems += _check_prompts(f"evaluation {dataset.name}", dataset.path)
+    replay = config.debug.load_debug_rollout_data
+    # A template is looked up at each rollout; a plain path is the same file for all.
+    if replay is not None and "{" not in replay and not Path(replay).is_file():
+        problems.append(Problem("--load-debug-rollout-data", replay, "there is no such file", "check the path"))
+    return problems
+
+
+def _check_prompts(what: str, spec: str) -> list[Problem]:
+    try:
+        path, _ = split_slice(spec)
+    except DataError:
+        return [Problem(what, spec, "the slice cannot be read", "write path@[start:stop] with whole numbers")]
+    if not path.is_file():
+        return [Problem(what, spec, "there is no such file", "check the path")]
+    if path.suffix not in PROMPT_FILE_KINDS:
+        return [Problem(what, spec, "prompt files of this kind are not read", f"use {' or '.join(PROMPT_FILE_KINDS)}")]
+    return []
