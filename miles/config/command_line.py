@@ -186,9 +186,8 @@ def _misread(field: Field, words: Sequence[str]) -> Problem:
     if field.kind == "json":
         wanted, example = "a JSON object", """'{"key": 1}'"""
     else:
-        wanted, example = {int: ("whole numbers", "3"), float: ("numbers", "0.5 or 1e-6")}.get(
-            field.item_type, ("text", "text")
-        )
+        wanted, example = ("a whole number", "3") if field.item_type is int else ("a number", "0.5 or 1e-6")
+        wanted = "whole numbers" if field.kind == "list" else wanted
     return Problem(field.flag, _show(words), f"it takes {wanted}", f"write it like {field.flag} {example}")
 
 

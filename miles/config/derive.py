@@ -13,7 +13,7 @@ from .batch_sizes import BatchSizes, solve_batch_sizes
 from .fields import build_config, fields, show
 from .groups import Config
 from .hf import model_values, read_hf_config
-from .hooks import absolute_hook
+from .hooks import absolute_hook, absolute_path
 from .platform import Platform
 from .problem import Problem
 from .source import DEFAULT, Source
@@ -167,14 +167,22 @@ def _debug(draft: Draft) -> None:
         draft.put("debug_train_only", True, "--load-debug-rollout-data")
 
 
-def _absolute_hooks(draft: Draft) -> None:
-    """Hooks and plugins in files get absolute paths: worker processes may have another working directory."""
-    for name in fields():
-        if name.startswith("custom_") or name.endswith("_filter_path"):
-            path = draft.values[name]
-            if path is not None:
-                draft.values[name] = absolute_hook(path)
-    draft.values["plugin"] = tuple(absolute_hook(p) for p in draft.values["plugin"])
+#: Flags that name a file or a directory of this machine.
+PATH_FLAGS = (
+    *("hf_checkpoint", "ref_load", "load", "save", "save_hf", "prompt_data", "eval_config", "run_dir"),
+    *("save_debug_rollout_data", "load_debug_rollout_data"),
+)
+HOOK_FLAGS = ("custom_rm_path", "custom_generate_function_path", "dynamic_sampling_filter_path")
+
+
+def _absolute_paths(draft: Draft) -> None:
+    """Worker processes may have another working directory."""
+    v = draft.values
+    for names, absolute in ((PATH_FLAGS, absolute_path), (HOOK_FLAGS, absolute_hook)):
+        v.update({name: absolute(v[name]) for name in names if v[name] is not None})
+    v["plugin"] = tuple(absolute_hook(path) for path in v["plugin"])
+    if v["eval_prompt_data"] is not None:
+        v["eval_prompt_data"] = tuple(absolute_path(w) if i % 2 else w for i, w in enumerate(v["eval_prompt_data"]))
 
 
 STEPS: tuple[Callable[[Draft], None], ...] = (
@@ -188,7 +196,7 @@ STEPS: tuple[Callable[[Draft], None], ...] = (
     _ranks,
     _automatic,
     _debug,
-    _absolute_hooks,
+    _absolute_paths,
 )
 
 

@@ -141,9 +141,9 @@ def _check_value(name: str, value: Any, wanted: type | tuple[str, ...]) -> Itera
         if value not in wanted:
             yield Problem(engine_flag(name), value, "it is none of the choices", f"choose one of {', '.join(wanted)}")
     elif type(value) is not wanted and wanted is not str:
-        text = "a switch and takes no value" if wanted is bool else "a whole number"
+        text = "is a switch and takes no value" if wanted is bool else "takes a whole number"
         yield Problem(
-            engine_flag(name), value, f"it is {text}", f"write {engine_flag(name)}{'' if wanted is bool else ' N'}"
+            engine_flag(name), value, f"it {text}", f"write {engine_flag(name)}{'' if wanted is bool else ' N'}"
         )
 
 

@@ -18,6 +18,7 @@ from miles.errors import ConfigError
 from .config_file import load_yaml
 from .fields import Field, coerce, dataclass_fields
 from .groups import Config
+from .hooks import absolute_hook, absolute_path
 from .problem import Problem, raise_if, suggestion
 
 
@@ -101,6 +102,7 @@ def _from_file(path: str, base: Mapping[str, Any]) -> tuple[EvalDataset, ...]:
         missing = [key for key in ("name", "path") if key not in values]
         problems += [Problem(place, None, f"it has no {key}", f"add {key}: ...") for key in missing]
         if not missing:
+            values["path"] = absolute_path(values["path"])
             datasets.append(EvalDataset(**{**base, **shared, **values}))
     raise_if(problems)
     return tuple(datasets)
@@ -119,6 +121,8 @@ def _values(entry: Any, place: str, problems: list[Problem]) -> dict[str, Any]:
             continue
         try:
             values[name] = coerce(field, value)
+            if name == "custom_rm_path" and values[name] is not None:
+                values[name] = absolute_hook(values[name])
             _check(name, values[name])
         except ValueError as error:
             problems.append(

@@ -156,6 +156,8 @@ class RolloutArgs:
     """Reward hook: `async f(args, sample, **kw) -> float | dict`."""
     custom_generate_function_path: str | None = None
     """Generation hook: `async f(args, sample, sampling_params) -> Sample | list[Sample]`."""
+    custom_generate_timeout: float = 1800.0
+    """Seconds for one call of the generation hook, all its turns; the sample is FAILED beyond it."""
     over_sampling_batch_size: int | None = None
     """Groups requested at a time; defaults to --rollout-batch-size."""
     dynamic_sampling_filter_path: str | None = None

@@ -66,13 +66,18 @@ def load_module(path: str, *, flag: str) -> ModuleType:
         ) from error
 
 
+def absolute_path(path: str) -> str:
+    """`path` from the root, `~` expanded; it need not exist."""
+    return str(Path(path).expanduser().absolute())
+
+
 def absolute_hook(path: str) -> str:
     """`dir/file.py:name` and `dir/file.py` with the file's absolute path, since workers may have another working
     directory; a dotted path stays as it is."""
     file, colon, name = path.partition(".py:")
     if colon:
-        return f"{Path(file + '.py').absolute()}:{name}"
-    return str(Path(path).absolute()) if path.endswith(".py") else path
+        return f"{absolute_path(file + '.py')}:{name}"
+    return absolute_path(path) if path.endswith(".py") else path
 
 
 def _module_and_name(path: str, flag: str) -> tuple[ModuleType, str]:

@@ -533,8 +533,9 @@ def files_exist(facts: Facts) -> Iterator[Problem]:
     wanted: list[tuple[str, str | None]] = [("--ref-load", config.ckpt.ref_load)]
     if not config.debug.debug_train_only:
         wanted.append(("--prompt-data", config.rollout.prompt_data))
-    if config.eval.eval_prompt_data is not None and not len(config.eval.eval_prompt_data) % 2:
-        wanted += [("--eval-prompt-data", path) for path in config.eval.eval_prompt_data[1::2]]
+    if not list(eval_pairs(facts)) and not list(eval_datasets_read(facts)):
+        flag = "--eval-config" if config.eval.eval_config is not None else "--eval-prompt-data"
+        wanted += [(flag, dataset.path) for dataset in eval_datasets(config)]
     for flag, path in wanted:
         if path is not None and not Path(path.partition("@[")[0]).exists():
             yield Problem(flag, path, "there is no such file or directory", "check the path")
