@@ -83,7 +83,7 @@ def test_unknown_flag_names_the_nearest() -> None:
         "--rolout-batch-size: there is no such flag; did you mean --rollout-batch-size?"
     )
     assert message("--zzzz").endswith("see --help")
-    assert message("--no-lr") == "--no-lr: there is no such flag; did you mean --min-lr?" or "--no-lr" in message("--no-lr")
+    assert message("--no-lr").startswith("--no-lr: there is no such flag"), "only switches have a --no- form"
 
 
 def test_every_mistake_is_reported_at_once() -> None:
