@@ -27,6 +27,9 @@ TOKEN_COLUMNS = (
     "entropy",
 )
 
+#: Those of them that are functions of the weights.
+TRAINED_COLUMNS = ("log_probs", "entropy")
+
 
 @dataclass(frozen=True)
 class Term:
@@ -44,7 +47,7 @@ TermFn: TypeAlias = Callable[[LossInputs, PolicyLossSpec], Term]
 def trained_tokens(inputs: LossInputs) -> LossInputs:
     """The same tokens with every untrained one replaced by zeros, so that nothing in it reaches loss or gradient.
 
-    `loss_mask` becomes what is trained on: masked in, and of weight other than 0. Raises ValueError where a column is
+    `loss_mask` becomes what is trained on: masked in, and of weight other than 0. Columns that are data are detached. Raises ValueError where a column is
     not `[R]`, the mask is not bool, or log-probs are not float32 or float64 (a ratio of bfloat16 log-probs is noise).
     """
     shape = inputs.log_probs.shape
@@ -64,7 +67,8 @@ def trained_tokens(inputs: LossInputs) -> LossInputs:
             raise ValueError(f"{name}, got shape {tuple(column.shape)}: it must be {tuple(shape)}, as log_probs is")
         if column.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name}, got {column.dtype}: exp amplifies its rounding; convert to float32 first")
-        clean[name] = masked(column, active)
+        # Only what is trained carries a gradient: an old log-prob that does would cancel the policy's.
+        clean[name] = masked(column if name in TRAINED_COLUMNS else column.detach(), active)
     return dataclasses.replace(inputs, **clean)  # type: ignore[arg-type]  # every value is a tensor field
 
 
