@@ -49,21 +49,23 @@ def load_module(path: str, *, flag: str) -> ModuleType:
     """The module at a dotted path or in a file `*.py`. A file's module has a name that depends on its path alone, so that
     every process that loads it finds the same one. Raises `HookError`.
     """
+    return _load_module(path, f"{flag}, got {path}")
+
+
+def _load_module(path: str, what: str) -> ModuleType:
     try:
         return _load_file(Path(path)) if path.endswith(".py") else importlib.import_module(path)
     except FileNotFoundError as error:
-        raise HookError(f"{flag}, got {path}: there is no such file; check the path") from error
+        raise HookError(f"{what}: there is no such file; check the path") from error
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if not path.endswith(".py") and (path == missing or path.startswith(missing + ".")):
-            why = f"there is no module {missing!r}; put its directory on PYTHONPATH, or give it as path/to/file.py"
-            raise HookError(f"{flag}, got {path}: {why}") from error
-        raise HookError(f"{flag}, got {path}: it imports {missing!r}, which is not installed; install it") from error
+            fix = "put its directory on PYTHONPATH, or give it as path/to/file.py"
+            raise HookError(f"{what}: there is no module {missing!r}; {fix}") from error
+        raise HookError(f"{what}: it imports {missing!r}, which is not installed; install it") from error
     except Exception as error:
         text = " ".join(str(error).split())
-        raise HookError(
-            f"{flag}, got {path}: importing it raised {type(error).__name__}: {text}; mend the module"
-        ) from error
+        raise HookError(f"{what}: importing it raised {type(error).__name__}: {text}; mend the module") from error
 
 
 def absolute_path(path: str) -> str:
@@ -85,11 +87,11 @@ def _module_and_name(path: str, flag: str) -> tuple[ModuleType, str]:
     if colon:
         if not name:
             raise HookError(f"{flag}, got {path}: there is no name behind the colon; write path/to/file.py:name")
-        return load_module(file + ".py", flag=flag), name
+        return _load_module(file + ".py", f"{flag}, got {path}"), name
     module, dot, name = path.rpartition(".")
     if not dot or not module or not name or path.endswith(".py"):
         raise HookError(f"{flag}, got {path}: it names no function; write package.module.name or path/to/file.py:name")
-    return load_module(module, flag=flag), name
+    return _load_module(module, f"{flag}, got {path}"), name
 
 
 def _load_file(file: Path) -> ModuleType:

@@ -29,10 +29,10 @@ class Facts(NamedTuple):
     platform: Platform
 
 
-Rule = Callable[[Facts], Iterator[Problem]]
+Rule = Callable[[Facts], Iterator[Problem] | Iterator[str]]
 
 
-def check_rules(facts: Facts, *, launch: bool) -> list[Problem]:
+def check_rules(facts: Facts, *, launch: bool) -> list[Problem | str]:
     """Every broken rule. `launch` adds what only a run needs: a checkpoint, prompts, a length, files that exist."""
     rules = RULES + LAUNCH_RULES if launch else RULES
     return [problem for rule in rules for problem in rule(facts)]
@@ -388,7 +388,7 @@ def eval_pairs(facts: Facts) -> Iterator[Problem]:
         yield Problem("--eval-prompt-data", " ".join(given), why, "give one of the two")
 
 
-def eval_datasets_read(facts: Facts) -> Iterator[Problem]:
+def eval_datasets_read(facts: Facts) -> Iterator[str]:
     """Whatever is wrong inside --eval-config and the pairs of --eval-prompt-data."""
     given = facts.config.eval.eval_prompt_data
     if given is not None and (len(given) % 2 or facts.config.eval.eval_config is not None):
@@ -396,10 +396,7 @@ def eval_datasets_read(facts: Facts) -> Iterator[Problem]:
     try:
         eval_datasets(facts.config)
     except ConfigError as error:
-        for line in str(error).splitlines():
-            what, _, rest = line.partition(": ")
-            why, _, fix = rest.rpartition("; ")
-            yield Problem(what, None, why, fix)
+        yield from str(error).splitlines()
 
 
 def engines_divide_gpus(facts: Facts) -> Iterator[Problem]:

@@ -51,7 +51,12 @@ def problem(*values: int | None) -> str:
 def test_four_that_disagree_are_printed_with_both_products() -> None:
     text = problem(32, 8, 100, 3)
     for part in (
-        *("--rollout-batch-size 32", "--n-samples-per-prompt 8", "--global-batch-size 100", "--num-steps-per-rollout 3"),
+        *(
+            "--rollout-batch-size 32",
+            "--n-samples-per-prompt 8",
+            "--global-batch-size 100",
+            "--num-steps-per-rollout 3",
+        ),
         *("32 * 8 = 256", "100 * 3 = 300"),
     ):
         assert part in text

@@ -101,7 +101,10 @@ def test_every_mistake_is_reported_at_once() -> None:
         (["--apply-chat-template-kwargs", "[1]"], "--apply-chat-template-kwargs, got '[1]': it takes a JSON object"),
         (["--apply-chat-template-kwargs", "{a"], "--apply-chat-template-kwargs, got '{a': it takes a JSON object"),
         (["--optimizer", "adm"], "--optimizer, got 'adm': it takes one of adam, sgd; did you mean adam?"),
-        (["--colocate", "true"], "--colocate, got 'true': it is a switch and takes no value; write --colocate or --no-colocate"),
+        (
+            ["--colocate", "true"],
+            "--colocate, got 'true': it is a switch and takes no value; write --colocate or --no-colocate",
+        ),
         (["--lr", "1", "2"], "--lr, got '1 2': it takes one value"),
         (["lr", "1"], "command line, got 'lr': a value without a flag"),
         (["--config"], "--config, got no value: it takes one file; write --config FILE.yaml"),
@@ -120,9 +123,29 @@ def test_help_is_grouped_and_complete(capsys: pytest.CaptureFixture[str]) -> Non
         resolve(["--num-rollout", "1", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    groups = "LAUNCH MODEL CKPT ROLLOUT EVAL PERF GRPO OPTIMIZER SGLANG CLUSTER TRACKING DEBUG".split()
+    groups = [
+        "LAUNCH",
+        "MODEL",
+        "CKPT",
+        "ROLLOUT",
+        "EVAL",
+        "PERF",
+        "GRPO",
+        "OPTIMIZER",
+        "SGLANG",
+        "CLUSTER",
+        "TRACKING",
+        "DEBUG",
+    ]
     places = [text.index(f" {group} options ") for group in groups]
     assert places == sorted(places)
-    for flag in ("--config", "--print-config", "--dry-run", "--no-swiglu", "--rollout-stop STR ...", "--optimizer {adam,sgd}"):
+    for flag in (
+        "--config",
+        "--print-config",
+        "--dry-run",
+        "--no-swiglu",
+        "--rollout-stop STR ...",
+        "--optimizer {adam,sgd}",
+    ):
         assert flag in text
     assert "Peak learning rate. (default: 1e-06)" in text

@@ -31,11 +31,21 @@ BASE: dict[str, Any] = {
     [
         (
             BASE | {"model_type": "qwen2", "tie_word_embeddings": True},
-            {"add_qkv_bias": True, "qk_layernorm": False, "kv_channels": 8, "untie_embeddings_and_output_weights": False},
+            {
+                "add_qkv_bias": True,
+                "qk_layernorm": False,
+                "kv_channels": 8,
+                "untie_embeddings_and_output_weights": False,
+            },
         ),
         (
             BASE | {"model_type": "qwen3", "head_dim": 16},
-            {"add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 16, "untie_embeddings_and_output_weights": True},
+            {
+                "add_qkv_bias": False,
+                "qk_layernorm": True,
+                "kv_channels": 16,
+                "untie_embeddings_and_output_weights": True,
+            },
         ),
         (BASE | {"model_type": "llama"}, {"add_qkv_bias": False, "qk_layernorm": False, "rotary_base": 500000}),
         (BASE | {"model_type": "mistral", "sliding_window": None}, {"kv_channels": 8, "norm_epsilon": 1e-5}),
@@ -70,17 +80,32 @@ def test_rope_is_read_in_the_old_and_the_new_form(rope: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "d/config.json, got rope_scaling of type yarn: scaled rotary"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "d/config.json, got rope_scaling of type yarn: scaled rotary",
+        ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling of type llama3"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_parameters of type longrope"),
         ({"hidden_act": "gelu"}, "d/config.json, got hidden_act gelu: only the gated SiLU MLP is built"),
         ({"attention_bias": True}, "attention_bias True: biases of attention are not built"),
         ({"mlp_bias": True}, "mlp_bias True: biases of the MLP are not built"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096: sliding-window attention is not built"),
+        (
+            {"model_type": "mistral", "sliding_window": 4096},
+            "sliding_window 4096: sliding-window attention is not built",
+        ),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window True"),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types sliding_attention"),
-        ({"model_type": "qwen3_moe"}, "model_type of d, got qwen3_moe: this family is not built yet; train one of llama"),
-        ({"model_type": "qwen4"}, "model_type of d, got 'qwen4': there is no such family here (known: llama, mistral, qwen2"),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types sliding_attention",
+        ),
+        (
+            {"model_type": "qwen3_moe"},
+            "model_type of d, got qwen3_moe: this family is not built yet; train one of llama",
+        ),
+        (
+            {"model_type": "qwen4"},
+            "model_type of d, got 'qwen4': there is no such family here (known: llama, mistral, qwen2",
+        ),
         ({"vocab_size": None}, "d/config.json, got no 'vocab_size': a llama model needs it"),
         ({"rope_theta": 1.5}, "rope_theta 1.5: --rotary-base is a whole number"),
     ],

@@ -51,7 +51,10 @@ def test_the_line() -> None:
     ("words", "line"),
     [
         (["--advantage-estimator", "gspo"], "--advantage-estimator gspo is not built yet: sequence-level ratio; use"),
-        (["--train-backend", "fsdp"], "--train-backend fsdp is not built yet: the FSDP trainer; use --train-backend megatron"),
+        (
+            ["--train-backend", "fsdp"],
+            "--train-backend fsdp is not built yet: the FSDP trainer; use --train-backend megatron",
+        ),
         (["--optimizer", "muon"], "--optimizer muon is not built yet: the Muon optimizer; use --optimizer adam or sgd"),
     ],
 )

@@ -112,7 +112,10 @@ def test_paths_are_made_absolute(launch: Launch, tmp_path: Path, monkeypatch: py
     ("text", "expected"),
     [
         ("rolout: {}", "section 'rolout': there is no such group; did you mean rollout?"),
-        ("rollout: {rollout_batch_sise: 3}", "key 'rollout_batch_sise': there is no such flag; did you mean rollout_batch_size?"),
+        (
+            "rollout: {rollout_batch_sise: 3}",
+            "key 'rollout_batch_sise': there is no such flag; did you mean rollout_batch_size?",
+        ),
         ("rollout: {lr: 3}", "key 'lr': it belongs to another section, optimizer; move it to optimizer:"),
         ("rollout: 3", "got 3: a section holds keys"),
         ("optimizer: {lr: fast}", "--lr, got 'fast': it is not a number; give float"),
@@ -133,7 +136,9 @@ def test_mistakes_in_the_file(launch: Launch, yaml_file: Callable[[str], str], t
 
 
 def test_file_that_is_not_there(launch: Launch) -> None:
-    with pytest.raises(ConfigError, match=r"^--config, got nowhere.yaml: No such file or directory; give a readable YAML"):
+    with pytest.raises(
+        ConfigError, match=r"^--config, got nowhere.yaml: No such file or directory; give a readable YAML"
+    ):
         launch("--config", "nowhere.yaml")
 
 
@@ -146,8 +151,8 @@ def test_what_only_a_run_needs() -> None:
 
 
 def test_files_must_exist(launch: Launch) -> None:
+    words = ["--prompt-data", "no.jsonl@[0:3]", "--ref-load", "nowhere", "--eval-interval", "1"]
     with pytest.raises(ConfigError) as caught:
-        words = ["--prompt-data", "no.jsonl@[0:3]", "--ref-load", "nowhere", "--eval-interval", "1"]
         launch(*words, "--eval-prompt-data", "a", "gone.jsonl")
     assert [line.split(",")[0] for line in str(caught.value).splitlines()] == [
         "--ref-load",
@@ -157,7 +162,9 @@ def test_files_must_exist(launch: Launch) -> None:
 
 
 def test_describe_shows_every_value_with_its_origin(launch: Launch) -> None:
-    text = launch("--attention-backend", "flash", "--sglang-mem-fraction-static", "0.7", "--rollout-top-p", "0.9").describe()
+    text = launch(
+        "--attention-backend", "flash", "--sglang-mem-fraction-static", "0.7", "--rollout-top-p", "0.9"
+    ).describe()
     rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
     assert set(fields()) <= set(rows)
     assert rows["lr"].split() == ["lr", "1e-06", "default"]

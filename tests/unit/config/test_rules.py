@@ -20,8 +20,14 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"rollout_temperature": -1.0}, "--rollout-temperature, got -1: it must be at least 0"),
     ({"adam_beta2": 1.0}, "--adam-beta2, got 1: it must be at least 0 and at most 1"),
     ({"rollout_top_k": 0}, "--rollout-top-k, got 0: it must be a number of tokens, or -1 for off"),
-    ({"log_probs_chunk_size": 0}, "--log-probs-chunk-size, got 0: it must be a number of tokens, or -1 for all at once"),
-    ({"kl_loss_coef": 0.1}, "--kl-loss-coef, got 0.1: without --use-kl-loss the loss has no KL term; add --use-kl-loss"),
+    (
+        {"log_probs_chunk_size": 0},
+        "--log-probs-chunk-size, got 0: it must be a number of tokens, or -1 for all at once",
+    ),
+    (
+        {"kl_loss_coef": 0.1},
+        "--kl-loss-coef, got 0.1: without --use-kl-loss the loss has no KL term; add --use-kl-loss",
+    ),
     ({"tis_clip": 3.0}, "--tis-clip, got 3: without --use-tis no importance weight is bounded; add --use-tis"),
     ({"save_interval": 3}, "--save-interval, got 3: without --save no checkpoint is written; add --save DIR"),
     ({"no_save_optim": True}, "--no-save-optim, got true: without --save no checkpoint is written"),
@@ -30,7 +36,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "--loss-constant-length, got 8: --loss-aggregation is seq_mean, which has no constant divisor",
     ),
     ({"max_tokens_per_gpu": 8}, "--max-tokens-per-gpu, got 8: without --use-dynamic-batch-size micro-batches are"),
-    ({"use_dynamic_batch_size": True}, "--use-dynamic-batch-size: micro-batches have no token budget; add --max-tokens"),
+    (
+        {"use_dynamic_batch_size": True},
+        "--use-dynamic-batch-size: micro-batches have no token budget; add --max-tokens",
+    ),
     (
         {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 9, "micro_batch_size": 4},
         "--micro-batch-size, got 4: with --use-dynamic-batch-size micro-batches are filled up to --max-tokens-per-gpu",
@@ -76,7 +85,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"rollout_max_context_len": 100, "sglang_args": {"context_length": 50}},
         "--rollout-max-context-len, got 100: the engines' limit is --sglang-context-length 50",
     ),
-    ({"rollout_max_context_len": 100, "seq_length": 50}, "--seq-length, got 50: rows may have --rollout-max-context-len 100"),
+    (
+        {"rollout_max_context_len": 100, "seq_length": 50},
+        "--seq-length, got 50: rows may have --rollout-max-context-len 100",
+    ),
     (
         {"calculate_per_token_loss": True, "loss_aggregation": "seq_mean"},
         "--loss-aggregation, got seq_mean: --calculate-per-token-loss is short for token_mean; give one of the two",
@@ -112,7 +124,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"debug_rollout_only": True, "debug_train_only": True, "load_debug_rollout_data": "x"},
         "--debug-rollout-only: --debug-train-only leaves out the other half; give one of the two",
     ),
-    ({"debug_rollout_only": True, "load_debug_rollout_data": "x"}, "--debug-rollout-only: --load-debug-rollout-data leaves"),
+    (
+        {"debug_rollout_only": True, "load_debug_rollout_data": "x"},
+        "--debug-rollout-only: --load-debug-rollout-data leaves",
+    ),
     ({"debug_train_only": True}, "--debug-train-only: there are no samples to train on; add --load-debug-rollout-data"),
     (
         {"check_weight_update_equal": True, "debug_rollout_only": True},
@@ -127,9 +142,15 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "--save-debug-rollout-data, got /out/{step}: it has the unknown field {step}; the only field is {rollout_id}",
     ),
     ({"save_debug_rollout_data": "/out/{"}, "--save-debug-rollout-data, got /out/{: it is no template"),
-    ({"spec": ["package.module"]}, "--spec, got package.module: it takes two words; write --spec package.module function"),
+    (
+        {"spec": ["package.module"]},
+        "--spec, got package.module: it takes two words; write --spec package.module function",
+    ),
     ({"rollout_stop_token_ids": [3, -1]}, "--rollout-stop-token-ids, got -1: a token id is not negative"),
-    ({"rollout_stop_token_ids": [30], "vocab_size": 24}, "--rollout-stop-token-ids, got 30: the vocabulary has 24 tokens"),
+    (
+        {"rollout_stop_token_ids": [30], "vocab_size": 24},
+        "--rollout-stop-token-ids, got 30: the vocabulary has 24 tokens",
+    ),
     ({"sglang_args": {"quantization": "fp8"}}, "--sglang-quantization, got fp8: it would change samples"),
 ]
 
