@@ -55,16 +55,6 @@ def _problems(config: Config) -> Iterator[Problem | Any]:
             yield from _reward_problems(
                 f"rm_type of evaluation {dataset.name}", source, flags.rm_url, dataset.label_key
             )
-    if flags.rm_timeout <= 0:
-        yield Problem("--rm-timeout", flags.rm_timeout, "no reward can be had in no time", "give seconds above 0")
-    if flags.rm_num_workers < 1:
-        yield Problem("--rm-num-workers", flags.rm_num_workers, "rewards need a process to run in", "give 1 or more")
-    if flags.rm_max_retries < 0:
-        yield Problem("--rm-max-retries", flags.rm_max_retries, "it counts repetitions", "give 0 or more")
-    if not 0 <= flags.max_failed_sample_fraction <= 1:
-        yield Problem(
-            "--max-failed-sample-fraction", flags.max_failed_sample_fraction, "it is a share of samples", "give 0 to 1"
-        )
     if flags.custom_generate_timeout <= 0:
         yield Problem(
             "--custom-generate-timeout", flags.custom_generate_timeout, "a hook needs time", "give seconds above 0"

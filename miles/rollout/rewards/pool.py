@@ -102,6 +102,14 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    async def end(self) -> None:
+        """Kills the worker and waits until it is gone and its pipes are closed."""
+        self.kill()
+        self.stdin.close()
+        await self.process.wait()
+        if self.reader is not None:
+            await self.reader
+
 
 class RewardPool:
     """`num_workers` worker processes, started by `start` or by the first call. Belongs to the event loop that uses it.
@@ -161,8 +169,6 @@ class RewardPool:
     async def close(self) -> None:
         """Ends all workers. Safe to call twice."""
         self._closed = True
-        for task in tuple(self._replacements):
-            task.cancel()
         await asyncio.gather(*self._replacements, return_exceptions=True)
         workers, self._workers = self._workers, []
         for worker in workers:
@@ -170,10 +176,7 @@ class RewardPool:
         for worker in workers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(worker.process.wait(), _CLOSE_LIMIT_S)
-            worker.kill()  # also what its hooks left behind
-            if worker.reader is not None:
-                worker.reader.cancel()
-            await worker.process.wait()
+            await worker.end()  # also what its hooks left behind
         async with self._changed:
             self._changed.notify_all()
         await asyncio.gather(*self._exchanges, return_exceptions=True)
@@ -296,14 +299,15 @@ class RewardPool:
             if not worker.alive and worker in self._workers:
                 self._workers.remove(worker)
                 self.kills += 1
-                worker.kill()
-                if not self._closed:
-                    task = asyncio.create_task(self._replace())
-                    self._replacements.add(task)
-                    task.add_done_callback(self._replacements.discard)
+                task = asyncio.create_task(self._replace(worker))
+                self._replacements.add(task)
+                task.add_done_callback(self._replacements.discard)
             self._changed.notify_all()
 
-    async def _replace(self) -> None:
+    async def _replace(self, dead: _Worker) -> None:
+        await dead.end()
+        if self._closed:
+            return
         try:
             worker = await self._spawn()
         except (HookError, ProcessDied, WaitTimeout) as error:
@@ -330,18 +334,20 @@ class RewardPool:
             async with asyncio.timeout(_START_LIMIT_S):
                 first = await frames.read(worker.stdout)
         except TimeoutError:
-            worker.kill()
+            await worker.end()
             raise WaitTimeout(
                 f"reward worker {worker.number}, got no answer within {_START_LIMIT_S:g} s of its start: "
                 "an import of the reward hook hangs; run `python -m miles.rollout.rewards` with it"
             ) from None
         except BaseException:
-            worker.kill()
+            await worker.end()
             raise
         if first is None:
-            raise ProcessDied(f"reward worker {worker.number}, {await self._obituary(worker)} while it started")
+            cause = await self._obituary(worker)
+            await worker.end()
+            raise ProcessDied(f"reward worker {worker.number}, {cause} while it started")
         if "error" in first:
-            await process.wait()
+            await worker.end()
             raise HookError(f"reward worker, got {first['error']}: it could not be set up\n{first['traceback']}")
         worker.concurrent = first["ready"]
         worker.reader = asyncio.create_task(worker.pump(), name=f"reward-worker-{worker.number}")
