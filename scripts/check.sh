@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that is checked without running the project: lint, format, types, the import order of the rooms, the shell.
+set -euo pipefail
+# shellcheck source=scripts/lib/venv.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib/venv.sh"
+use_venv dev
+cd "$ROOT"
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$(dirname -- "$PYTHON")/lint-imports" --no-cache

@@ -1,0 +1,20 @@
+# Qwen/Qwen3-32B
+# shellcheck shell=bash disable=SC2034
+MODEL_ARGS=(
+  --num-layers 64
+  --hidden-size 5120
+  --ffn-hidden-size 25600
+  --num-attention-heads 64
+  --group-query-attention
+  --num-query-groups 8
+  --kv-channels 128
+  --qk-layernorm
+  --swiglu
+  --normalization RMSNorm
+  --norm-epsilon 1e-6
+  --use-rotary-position-embeddings
+  --rotary-base 1000000
+  --disable-bias-linear
+  --vocab-size 151936
+  --untie-embeddings-and-output-weights
+)
