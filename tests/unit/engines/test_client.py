@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from miles.engines.client import MAX_TRIES, EngineClient, Timeouts
 from miles.errors import (
@@ -175,9 +176,14 @@ async def test_failures_with_status_200_are_failures():
 
 
 async def test_a_redirect_is_not_followed_with_the_token():
-    async with ScriptedServer() as elsewhere, ScriptedServer(reply(307)) as server, client_of(server) as client:
-        with pytest.raises(EngineError, match="HTTP 307"):
-            await client.generate({})
+    async with ScriptedServer() as elsewhere:
+
+        async def redirect(_: web.Request) -> web.Response:
+            return web.Response(status=307, headers={"Location": f"{elsewhere.url}/generate"})
+
+        async with ScriptedServer(redirect) as server, client_of(server) as client:
+            with pytest.raises(EngineError, match="HTTP 307"):
+                await client.generate({})
         assert not elsewhere.requests
 
 

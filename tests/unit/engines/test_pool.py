@@ -168,6 +168,24 @@ async def test_no_place_is_lost_to_cancellation():
         await asyncio.gather(*(pool.generate(samples(3)) for _ in range(2)))
 
 
+async def test_a_large_request_that_is_cancelled_lets_those_behind_it_pass():
+    async with pool_of(ScriptedServer(default=stall(0.5)), concurrency=4) as pool:
+        small = asyncio.create_task(pool.generate(samples(2)))
+        await asyncio.sleep(0)
+        large = asyncio.create_task(pool.generate(samples(4)))
+        behind = asyncio.create_task(pool.generate(samples(2)))
+        last = asyncio.create_task(pool.generate(samples(1)))
+        await asyncio.sleep(0.02)
+        assert pool.stats().queued == 7
+        last.cancel()
+        await asyncio.wait({last})
+        assert pool.stats().queued == 6
+        large.cancel()
+        await asyncio.sleep(0.02)
+        assert pool.stats().in_flight == {"engine-0": 4}
+        await asyncio.gather(small, behind)
+
+
 async def test_control_of_all_engines():
     servers = [ScriptedServer(), ScriptedServer()]
     async with pool_of(*servers) as pool:

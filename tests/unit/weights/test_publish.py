@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -70,6 +71,21 @@ async def test_weights_are_gathered_in_one_thread_and_no_more_than_two_buckets_l
     assert weights.threads != {threading.get_ident()}
     assert weights.most_alive <= 2 * 4 + 1  # and the tensor that did not fit
     assert not any(ref() is not None for ref in weights.alive)
+
+
+async def test_what_was_gathered_is_freed_while_engines_still_load_the_copy(transport):
+    weights, alive_later = Weights(6), []
+
+    def stream():
+        for i, entry in enumerate(weights):
+            if i == 5:
+                time.sleep(0.1)
+                alive_later.append(sum(ref() is not None for ref in weights.alive))
+            yield entry
+            del entry
+
+    await publish(stream(), [Receiver(delay_s=0.3)], transport, "1", BUFFER_BYTES)
+    assert alive_later == [2]  # t4, which did not fit, and t5 itself
 
 
 @pytest.mark.parametrize("bad", ["t0", "t5", "t9"])
