@@ -1,9 +1,9 @@
-"""The megatron-core trainer. Importing this package prepares torch for megatron on machines without a GPU."""
+"""The megatron-core trainer."""
 
 from . import cpu
 
-cpu.install()
+cpu.prepare()
 
-from .trainer import MegatronTrainer  # noqa: E402  (megatron must be imported after install)
+from .trainer import MegatronTrainer  # noqa: E402  (megatron is imported after that)
 
 __all__ = ["MegatronTrainer"]

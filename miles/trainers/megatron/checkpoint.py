@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from miles.errors import CheckpointError
 
@@ -72,7 +73,7 @@ def save_state(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     parallel.barrier()
-    with cpu.cuda_type_names():
+    with cpu.cuda_means_cpu():
         dist_checkpointing.save(_sharded_state(model, optimizer, parallel), str(partial), InProcessSave())
     rng.save(partial / _rng_file(parallel.rank))
     if parallel.is_main:
@@ -253,16 +254,23 @@ def load_state(
     """Fills model and, where given, optimizer. Raises CheckpointError where the tensors do not fit the configuration."""
     wanted = _sharded_state(model, optimizer, parallel, is_loading=True)
     try:
-        with cpu.cuda_type_names():
+        with cpu.cuda_means_cpu():
             loaded = dist_checkpointing.load(wanted, str(checkpoint))
             model.load_state_dict(loaded["model"])
             if optimizer is not None:
                 optimizer.load_state_dict(loaded["optimizer"])
-    except (CheckpointingException, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
+    except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {checkpoint}, got {reason}: it does not fit this model; check MODEL flags and --optimizer"
+            f"checkpoint {checkpoint}, got {_reason(error)}: it does not fit this model; check the MODEL flags"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; torch wraps it in one exception for all ranks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = (str(error) or repr(error)).splitlines()[0]
+    return text if len(text) < 300 else text[:300] + " ..."
 
 
 def load_rng(checkpoint: Path, parallel: Parallel) -> None:

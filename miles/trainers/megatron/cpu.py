@@ -1,57 +1,73 @@
-"""What megatron-core needs to run where torch has no CUDA: a few named patches on torch, none on megatron.
+"""What megatron-core needs to run where torch has no CUDA: a few named patches on torch, in force only while it runs.
 
-    miles.trainers.megatron (package __init__) --install()--> torch --import--> megatron.core
+    with cpu.cuda_means_cpu():
+        ... megatron builds a model, runs a schedule, steps an optimizer, writes a checkpoint ...
 
-megatron-core 0.16 asks for device "cuda" by name and for `torch.cuda.current_device()`. Here both mean the CPU. Nothing
-happens on a machine with CUDA. Each patch is one function whose docstring names who needs it; parts of the model that
-refuse a CPU (norms, attention) are replaced through `ModuleSpec` in `model.py` instead.
+megatron-core 0.16 asks for device "cuda" by name, for `torch.cuda.current_device()`, and for CUDA type names. Within
+`cuda_means_cpu` all of these mean the CPU; outside it torch is as it was, so other libraries in the process (transformers
+places tensors by the very functions that are replaced here) never notice. With CUDA it does nothing. Parts of the model
+that refuse a CPU (norms, attention) are replaced through `ModuleSpec` in `model.py` instead.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.utils import _device
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
-_installed = False
 
 
-def install() -> None:
-    """Installs the patches once, before megatron is imported; a no-op with CUDA.
-
-    Raises RuntimeError where megatron was imported first: it copies names out of torch at import.
-    """
-    global _installed
-    if _installed or torch.cuda.is_available():
+def prepare() -> None:
+    """Settings that have to be made before megatron is imported. With CUDA there are none."""
+    if torch.cuda.is_available():
         return
-    if "megatron.core" in sys.modules:
-        raise RuntimeError("megatron.core was imported before miles.trainers.megatron, which prepares torch for it")
     # Without a GPU torch.compile only costs start-up time: megatron's fusions then run as the plain functions they are.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
-    _map_current_device()
-    _map_factories()
-    _drop_synchronize()
-    _installed = True
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
 
 
-def _map_current_device() -> None:
-    """Parameters, gradient buffers and rotary tables are allocated on `torch.cuda.current_device()`."""
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+@contextmanager
+def cuda_means_cpu() -> Iterator[None]:
+    """Patches torch for megatron for as long as it is open. May be nested; a no-op with CUDA."""
+    if torch.cuda.is_available() or torch.zeros is _patched().get("zeros"):
+        yield
+        return
+    # torch lists its own factories on first use, for `with torch.device(...)`: it must not find ours.
+    _device._device_constructors()
+    with ExitStack() as stack:
+        # Parameters, gradient buffers and rotary tables are allocated on the current device.
+        stack.enter_context(_replaced(torch.cuda, "current_device", lambda: _CPU))
+        # The checkpoint writer synchronizes the device before it copies.
+        stack.enter_context(_replaced(torch.cuda, "synchronize", lambda *_, **__: None))
+        # Schedules, optimizers and checkpoints make small tensors with `device="cuda"` and pinned memory.
+        for name, factory in _patched().items():
+            stack.enter_context(_replaced(torch, name, factory))
+        # Optimizers and clipping choose by `tensor.type() == "torch.cuda.FloatTensor"`.
+        stack.enter_context(_replaced(torch.Tensor, "type", _cuda_type_name))
+        yield
 
 
-def _map_factories() -> None:
-    """Schedules, optimizers and checkpoint code make small tensors with `device="cuda"` and pinned memory."""
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@functools.cache
+def _patched() -> dict[str, Callable[..., torch.Tensor]]:
+    return {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -70,31 +86,10 @@ def _names_cuda(device: Any) -> bool:
     return (isinstance(device, str) and device.startswith("cuda")) or getattr(device, "type", None) == "cuda"
 
 
-def _drop_synchronize() -> None:
-    """The distributed checkpoint writer synchronizes the device before it copies."""
-    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+_type = torch.Tensor.type
 
 
-@contextmanager
-def cuda_type_names() -> Iterator[None]:
-    """Within it, CPU tensors report CUDA type names.
-
-    Megatron's optimizers and its clipping choose by `tensor.type() == "torch.cuda.FloatTensor"`. Too broad a lie to keep
-    up, so it is told only where an optimizer is built or steps. A no-op with CUDA.
-    """
-    if torch.cuda.is_available():
-        yield
-        return
-    original = torch.Tensor.type
-
-    def named(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is not None:
-            return original(self, dtype, *args, **kwargs)
-        name = original(self)
-        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
-
-    torch.Tensor.type = named  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.Tensor.type = original  # type: ignore[method-assign]
+def _cuda_type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is not None:
+        return _type(self, dtype, *args, **kwargs)
+    return _type(self).replace("torch.", "torch.cuda.", 1)

@@ -100,16 +100,18 @@ def build_optimizer(args: OptimizerArgs, model: DistributedDataParallel, dtype: 
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
     )
-    with cpu.cuda_type_names():
+    with cpu.cuda_means_cpu():
         optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
     for part in _parts(optimizer):
         if part.init_state_fn is None:
             part.init_state_fn = _zero_momentum
+        # From the start, so that memory is known before the first step and a checkpoint of step 0 is complete.
+        part.init_state_fn(part.optimizer, config)
     return optimizer
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """Gives SGD the state that a checkpoint is loaded into; megatron has this for Adam alone."""
+    """Gives SGD its state; megatron has this for Adam alone."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
@@ -169,7 +171,7 @@ class GuardedStep:
 
     def gradient_norm(self) -> float:
         """Global L2 norm of the gradients, the same on every rank. NaN or infinite where a gradient is."""
-        with cpu.cuda_type_names():
+        with cpu.cuda_means_cpu():
             self._optimizer.prepare_grads()
             return float(self._optimizer.get_grad_norm())
 
@@ -177,7 +179,7 @@ class GuardedStep:
         """Clips to --clip-grad and steps. `norm` is what `gradient_norm` returned."""
         if not math.isfinite(norm):
             raise ValueError(f"gradient norm, got {norm}: a step with it would destroy the weights")
-        with cpu.cuda_type_names():
+        with cpu.cuda_means_cpu():
             for part in _parts(self._optimizer):
                 parameters: list[Tensor] = part.get_parameters()
                 if self._clip_grad > 0 and parameters:

@@ -20,6 +20,7 @@ from torch import Tensor
 from miles.algo import Metric, PolicyLossSpec, merge_metrics, policy_loss
 from miles.types import LossInputs
 
+from . import cpu
 from .logprobs import TokenScores, Vocabulary, token_scores
 from .model import PolicyModel
 from .packing import MicroBatch
@@ -91,16 +92,17 @@ class Passes:
             hidden = model(batch.tokens, batch.sequences.positions[None], None, packed_seq_params=batch.sequences)
             return hidden, functools.partial(finish, batch)
 
-        stored: list[Any] = self._schedule(
-            forward_step_func=forward,
-            data_iterator=iter(micro_batches),
-            model=self._model,
-            num_microbatches=len(micro_batches),
-            seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+        with cpu.cuda_means_cpu():
+            stored: list[Any] = self._schedule(
+                forward_step_func=forward,
+                data_iterator=iter(micro_batches),
+                model=self._model,
+                num_microbatches=len(micro_batches),
+                seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
         return stored
 
     def _scores(self, batch: MicroBatch, hidden: Tensor) -> TokenScores:

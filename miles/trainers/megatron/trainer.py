@@ -29,7 +29,7 @@ from miles.errors import CheckpointError, DataError, NonFiniteError
 from miles.observe.timers import Timers
 from miles.types import TrainBatch
 
-from . import checkpoint, rng
+from . import checkpoint, cpu, rng
 from .hf_files import HfReader, is_hf_directory, read_config, write_hf_directory
 from .hf_names import NameMap, Shape
 from .model import build_model, padded_vocab_size, params_dtype
@@ -82,10 +82,15 @@ class MegatronTrainer:
             backend=backend,
             timeout_s=60 * config.cluster.distributed_timeout_minutes,
         )
-        rng.seed(config.cluster.seed)
-        self.dtype = params_dtype(self.parallel.device)
-        self._names = _name_map(config, self.parallel)
-        self._model = build_model(config, self.parallel)
+        try:
+            rng.seed(config.cluster.seed)
+            self.dtype = params_dtype(self.parallel.device)
+            self._names = _name_map(config, self.parallel)
+            with cpu.cuda_means_cpu():
+                self._model = build_model(config, self.parallel)
+        except BaseException:
+            self.close()
+            raise
         self._reference: ReferenceWeights | None = None
         self._timers = Timers()
 
@@ -172,7 +177,8 @@ class MegatronTrainer:
         in_fp32 = config.optimizer.accumulate_allreduce_grads_in_fp32
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, use_distributed_optimizer=False)
         transformer = self._model.config
-        self._ddp = DistributedDataParallel(transformer, ddp_config, self._model)
+        with cpu.cuda_means_cpu():
+            self._ddp = DistributedDataParallel(transformer, ddp_config, self._model)
         self._ddp.broadcast_params()
         self._optimizer = build_optimizer(config.optimizer, self._ddp, self.dtype)
         self._schedule = build_schedule(config.optimizer, self._optimizer, self._total_steps)
