@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +34,7 @@ class Draft:
 
     @classmethod
     def start(cls, given: dict[str, Any], sources: dict[str, Source], platform: Platform) -> Draft:
-        values = {name: given.get(name, f.default) for name, f in fields().items()}
+        values = {name: given.get(name, copy(f.default)) for name, f in fields().items()}
         return cls(values, {name: sources.get(name, DEFAULT) for name in fields()}, platform)
 
     def fill(self, name: str, value: Any, origin: str | Source) -> None:

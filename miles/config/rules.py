@@ -399,6 +399,21 @@ def eval_datasets_read(facts: Facts) -> Iterator[str]:
         yield from str(error).splitlines()
 
 
+def _eval_can_be_read(facts: Facts) -> bool:
+    return next(eval_pairs(facts), None) is None and next(eval_datasets_read(facts), None) is None
+
+
+def eval_responses_fit_context(facts: Facts) -> Iterator[Problem]:
+    if not _eval_can_be_read(facts):
+        return
+    for dataset in eval_datasets(facts.config):
+        response, context = dataset.max_response_len, dataset.max_context_len
+        if response is not None and context is not None and response > context:
+            why = f"no response of {dataset.name} can be longer than its context of {context}"
+            fix = f"give at most {context}, or raise --rollout-max-context-len or the dataset's max_context_len"
+            yield Problem("--eval-max-response-len", response, why, fix)
+
+
 def engines_divide_gpus(facts: Facts) -> Iterator[Problem]:
     sglang = facts.config.sglang
     total, each = sglang.rollout_num_gpus, sglang.rollout_num_gpus_per_engine
@@ -530,7 +545,7 @@ def files_exist(facts: Facts) -> Iterator[Problem]:
     wanted: list[tuple[str, str | None]] = [("--ref-load", config.ckpt.ref_load)]
     if not config.debug.debug_train_only:
         wanted.append(("--prompt-data", config.rollout.prompt_data))
-    if not list(eval_pairs(facts)) and not list(eval_datasets_read(facts)):
+    if _eval_can_be_read(facts):
         flag = "--eval-config" if config.eval.eval_config is not None else "--eval-prompt-data"
         wanted += [(flag, dataset.path) for dataset in eval_datasets(config)]
     for flag, path in wanted:
@@ -571,6 +586,7 @@ RULES: tuple[Rule, ...] = (
     decay_goes_down,
     eval_pairs,
     eval_datasets_read,
+    eval_responses_fit_context,
     engines_divide_gpus,
     colocated_gpus_are_the_trainers,
     nccl_needs_gpu,

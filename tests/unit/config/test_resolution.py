@@ -190,6 +190,11 @@ def test_config_is_frozen() -> None:
         make_config().optimizer.lr = 1.0  # type: ignore[misc]
 
 
+def test_configurations_share_no_mutable_default() -> None:
+    make_config().sglang.sglang_args["context_length"] = 1
+    assert make_config().sglang.sglang_args == {}
+
+
 def test_a_group_of_one_is_warned_about(launch: Launch) -> None:
     assert any("--n-samples-per-prompt 1" in text for text in launch("--n-samples-per-prompt", "1").warnings)
     assert launch().warnings == ()

@@ -108,6 +108,15 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     ({"min_lr": 1.0, "lr_decay_style": "linear"}, "--min-lr, got 1: it is above --lr 1e-06, so the rate would rise"),
     (
+        {
+            "eval_prompt_data": ["a", "p"],
+            "eval_interval": 1,
+            "eval_max_response_len": 9,
+            "rollout_max_context_len": 8,
+        },
+        "--eval-max-response-len, got 9: no response of a can be longer than its context of 8; give at most 8",
+    ),
+    (
         {"rollout_num_gpus": 3, "rollout_num_gpus_per_engine": 2},
         "--rollout-num-gpus, got 3: engines of --rollout-num-gpus-per-engine 2 do not fill it; give a multiple of 2",
     ),

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 CODE = "import sys; from miles.config import resolve; resolve(['--help'])"
 HEAVY = ("torch", "ray", "transformers", "megatron", "numpy", "pyarrow", "aiohttp")
 
 
 def test_help_answers_within_two_seconds() -> None:
-    started = time.perf_counter()
+    """Processor time, Python's start included: what it takes when nobody else wants the core (0.5 s where it was written)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-    # It takes 0.5 s on a quiet core; the best of three keeps a busy machine from failing the test.
-    seconds = [time.perf_counter() - started]
-    while seconds[-1] > 2 and len(seconds) < 3:
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     assert "--rollout-batch-size INT" in done.stdout
 
 
