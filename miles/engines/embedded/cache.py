@@ -1,0 +1,195 @@
+"""Keys and values of the running rows: one slab per layer, row `r` of the batch at row `r` of the slab.
+
+    slab[layer]  [2 (key, value), rows, kv_heads, extent, head_dim]
+
+Rows in use are always the first ones, so a decode step reads views and gathers nothing; a finished row's place is taken
+by the last row (`move`). The slabs grow by doubling, or are `fixed` at their final size: then strides, extents and batch
+shapes never change, which deterministic inference needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .model_config import ModelConfig
+
+#: Extents are multiples of this, so that a growing row does not change the shape at every token.
+EXTENT_STEP = 32
+
+
+@dataclass(frozen=True)
+class ExtentGroup:
+    """Rows that attend over the same number of cache positions."""
+
+    extent: int
+    bias: torch.Tensor
+    """0 where a row may look, -inf elsewhere: `[B * kv_heads, 1, extent]` or `[B, 1, 1, extent]`, as the kernel wants."""
+    rows: torch.Tensor | None
+    """[B, 1] bool: rows of this group; None where it is all of them."""
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Where one decode step writes and looks; the same for every layer. `B` rows."""
+
+    positions: torch.Tensor
+    """[B] the position of the token that is fed in"""
+    targets: torch.Tensor
+    """[B * 2 * kv_heads] flat (key|value, row, head, position) numbers of the slab"""
+    groups: tuple[ExtentGroup, ...]
+
+
+class KVCache:
+    """Used from the decode thread only. Contents of a row beyond its length are finite and never looked at."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        max_tokens: int,
+        fixed: tuple[int, int] | None = None,
+    ) -> None:
+        """`max_tokens` bounds rows x extent. `fixed` (rows, extent) allocates that once and for all."""
+        self._config, self._device, self._dtype = config, device, dtype
+        self._max_tokens, self._fixed = max_tokens, fixed is not None
+        self._rows, self._extent = fixed or (1, EXTENT_STEP)
+        # One fp32 gemm per kv head beats the CPU's fused attention at decode sizes; elsewhere the fused one wins.
+        self._use_bmm = device.type == "cpu" and dtype == torch.float32
+        self._slabs = [self._new_slab() for _ in range(config.num_layers)]
+
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Bytes that one token takes over all layers."""
+        return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(slab.numel() * slab.element_size() for slab in self._slabs)
+
+    def reserve(self, rows: int, extent: int) -> None:
+        """Makes room for `rows` rows of `extent` tokens, keeping what these rows hold.
+
+        Grows by doubling, or exactly where doubling would exceed `max_tokens`. Peak extra memory: one layer's slab.
+        """
+        if rows <= self._rows and extent <= self._extent:
+            return
+        if self._fixed:
+            raise RuntimeError(f"fixed KV cache of {self._rows} x {self._extent} asked for {rows} x {extent}")
+        new_rows = self._rows if rows <= self._rows else max(rows, 2 * self._rows)
+        new_extent = self._extent if extent <= self._extent else max(round_extent(extent), 2 * self._extent)
+        if new_rows * new_extent > self._max_tokens:
+            new_rows, new_extent = rows, round_extent(extent)
+        kept_rows, kept_extent = min(self._rows, new_rows), min(self._extent, new_extent)
+        self._rows, self._extent = new_rows, new_extent
+        for i, old in enumerate(self._slabs):
+            new = self._new_slab()
+            new[:, :kept_rows, :, :kept_extent] = old[:, :kept_rows, :, :kept_extent]
+            self._slabs[i] = new
+
+    def clear(self) -> None:
+        """Gives the memory of a growing cache back."""
+        if not self._fixed:
+            self._rows, self._extent = 1, EXTENT_STEP
+            self._slabs = [self._new_slab() for _ in self._slabs]
+
+    def store(
+        self, layer: int, first_row: int, sources: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Writes prompts `[N, kv_heads, T, head_dim]` to rows `first_row...`, row j taking prompt `sources[j]`."""
+        slab, end, length = self._slabs[layer], first_row + len(sources), keys.shape[2]
+        slab[0, first_row:end, :, :length] = keys[sources]
+        slab[1, first_row:end, :, :length] = values[sources]
+
+    def copy_rows(self, sources: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, length: int) -> None:
+        """Copies the first `length` positions of whole rows; sources and targets do not overlap."""
+        src = torch.as_tensor(np.asarray(sources), device=self._device)
+        dst = torch.as_tensor(np.asarray(targets), device=self._device)
+        for slab in self._slabs:
+            slab[:, dst, :, :length] = slab[:, src, :, :length]
+
+    def plan(self, lengths: np.ndarray) -> DecodePlan:
+        """For a step that appends one token to each of the first `B` rows. `lengths` [B]: tokens a row holds before it."""
+        num_rows, kv_heads = len(lengths), self._config.num_kv_heads
+        positions = torch.as_tensor(lengths, device=self._device)
+        rows = torch.arange(num_rows, device=self._device)
+        halves = torch.arange(2, device=self._device)
+        heads = torch.arange(kv_heads, device=self._device)
+        row_of_half = halves[None, :] * self._rows + rows[:, None]
+        head_of_row = row_of_half[:, :, None] * kv_heads + heads
+        targets = (head_of_row * self._extent + positions[:, None, None]).view(-1)
+        if self._fixed:
+            distinct, row_length = np.unique(lengths, return_inverse=True)
+            own = np.array([self._own_extent(int(length) + 1) for length in distinct])
+            extent_of_row = own[row_length]
+            occupied = [int(extent) for extent in np.unique(own)]
+        else:
+            occupied = [min(round_extent(int(lengths.max()) + 1), self._extent)]
+        groups = []
+        for extent in occupied:
+            bias = torch.zeros(num_rows, 1, 1, extent, device=self._device, dtype=self._dtype)
+            hidden = torch.arange(extent, device=self._device) > positions[:, None]
+            bias.masked_fill_(hidden[:, None, None], float("-inf"))
+            if self._use_bmm:
+                bias = bias.expand(num_rows, kv_heads, 1, extent).reshape(num_rows * kv_heads, 1, extent)
+            members = None
+            if len(occupied) > 1:
+                members = torch.as_tensor(extent_of_row == extent, device=self._device)[:, None]
+            groups.append(ExtentGroup(extent, bias, members))
+        return DecodePlan(positions, targets, tuple(groups))
+
+    def append(self, layer: int, plan: DecodePlan, keys_values: torch.Tensor) -> None:
+        """Writes one token per row: `[B, 2 * kv_heads, head_dim]`, keys before values."""
+        head_dim = self._config.head_dim
+        self._slabs[layer].view(-1, head_dim).index_copy_(0, plan.targets, keys_values.reshape(-1, head_dim))
+
+    def attend(self, layer: int, plan: DecodePlan, queries: torch.Tensor) -> torch.Tensor:
+        """Attention of one query token per row: `[B, heads, head_dim]` -> `[B, heads * head_dim]`.
+
+        In a fixed cache each extent is computed for the whole batch and rows pick their own: a row's arithmetic then has
+        shapes that depend on its own length alone.
+        """
+        out: torch.Tensor | None = None
+        for group in plan.groups:
+            part = self._attend_extent(layer, group, queries)
+            out = part if out is None or group.rows is None else torch.where(group.rows, part, out)
+        assert out is not None
+        return out
+
+    def _attend_extent(self, layer: int, group: ExtentGroup, queries: torch.Tensor) -> torch.Tensor:
+        num_rows, num_heads, head_dim = queries.shape
+        kv_heads = self._config.num_kv_heads
+        keys, values = self._slabs[layer][:, :num_rows, :, : group.extent]
+        scale = head_dim**-0.5
+        if self._use_bmm:
+            # The query heads of one kv head are the rows of one gemm: grouped-query attention without repeating K, V.
+            q = queries.reshape(num_rows * kv_heads, num_heads // kv_heads, head_dim)
+            scores = torch.baddbmm(group.bias, q, keys.flatten(0, 1).transpose(1, 2), alpha=scale)
+            return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(num_rows, num_heads * head_dim)
+        q = queries.reshape(num_rows, kv_heads, num_heads // kv_heads, head_dim)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.bias, scale=scale)
+        return out.reshape(num_rows, num_heads * head_dim)
+
+    def _own_extent(self, length: int) -> int:
+        extent = EXTENT_STEP
+        while extent < length:
+            extent *= 2
+        return min(extent, self._extent)
+
+    def _new_slab(self) -> torch.Tensor:
+        c = self._config
+        # Zeros, not garbage: masked positions enter a product with probability 0, and 0 * NaN would be NaN.
+        return torch.zeros(
+            2, self._rows, c.num_kv_heads, self._extent, c.head_dim, device=self._device, dtype=self._dtype
+        )
+
+
+def round_extent(tokens: int) -> int:
+    """The next multiple of EXTENT_STEP."""
+    return -(-tokens // EXTENT_STEP) * EXTENT_STEP

@@ -1,0 +1,89 @@
+"""The forward pass of a decoder-only transformer over fused weights: plain functions of tensors, no nn.Module.
+
+    prefill(prompts) -> hidden of every position, keys and values stored in the cache
+    decode(one token per row) -> hidden of that token
+    logits(hidden) -> [*, vocab] float32
+
+Legend: `N` prompts, `T` padded prompt tokens, `B` running rows, `H` hidden. Numerics follow transformers: norms accumulate
+in float32, RoPE rotates halves, softmax in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .cache import DecodePlan, KVCache
+from .model_config import ModelConfig
+from .weights import Layer, Parameters
+
+
+class DecoderModel:
+    """Qwen2, Qwen3, Llama and Mistral. Holds no state but the parameters and the RoPE tables."""
+
+    def __init__(self, config: ModelConfig, parameters: Parameters, context_length: int) -> None:
+        self.config, self.parameters = config, parameters
+        frequencies, scaling = config.inverse_frequencies(context_length)
+        angles = torch.outer(torch.arange(context_length, dtype=torch.float32), frequencies)
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        # rotate_half(x) * sin == roll(x, head_dim / 2) * (-sin, sin): one pass less.
+        self._cos = torch.cat((cos, cos), -1).to(parameters.device, parameters.dtype)
+        self._sin = torch.cat((-sin, sin), -1).to(parameters.device, parameters.dtype)
+
+    def prefill(self, token_ids: torch.Tensor, cache: KVCache, first_row: int, sources: torch.Tensor) -> torch.Tensor:
+        """Runs right-padded prompts `[N, T]` and stores their keys and values.
+
+        Cache rows `first_row...` take prompts `sources` (several rows may take one prompt). Returns hidden `[N, T, H]`,
+        meaningless at padding: causal attention keeps padding out of the rest.
+        """
+        num_prompts, length = token_ids.shape
+        c = self.config
+        x = F.embedding(token_ids.view(-1), self.parameters.embedding)
+        # Tables per token, [N * T, 1, head_dim].
+        cos = self._cos[:length].repeat(num_prompts, 1)[:, None]
+        sin = self._sin[:length].repeat(num_prompts, 1)[:, None]
+        for i, layer in enumerate(self.parameters.layers):
+            qkv = self._qkv(layer, x, cos, sin).view(num_prompts, length, -1, c.head_dim).transpose(1, 2)
+            queries, keys, values = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+            cache.store(i, first_row, sources, keys, values)
+            attended = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, enable_gqa=c.num_heads != c.num_kv_heads
+            )
+            x = self._finish_layer(layer, x, attended.transpose(1, 2).reshape(num_prompts * length, -1))
+        return x.view(num_prompts, length, -1)
+
+    def decode(self, token_ids: torch.Tensor, cache: KVCache, plan: DecodePlan) -> torch.Tensor:
+        """Feeds one token per row `[B]`; appends to the cache. Returns hidden `[B, H]`."""
+        num_heads = self.config.num_heads
+        x = F.embedding(token_ids, self.parameters.embedding)
+        cos, sin = self._cos[plan.positions][:, None], self._sin[plan.positions][:, None]
+        for i, layer in enumerate(self.parameters.layers):
+            qkv = self._qkv(layer, x, cos, sin)
+            cache.append(i, plan, qkv[:, num_heads:])
+            x = self._finish_layer(layer, x, cache.attend(i, plan, qkv[:, :num_heads]))
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[*, H]` -> `[*, vocab]` float32."""
+        normed = F.rms_norm(hidden, hidden.shape[-1:], self.parameters.norm, self.config.norm_eps)
+        return F.linear(normed, self.parameters.head).float()
+
+    def _qkv(self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`[rows, H]` -> `[rows, heads + 2 * kv_heads, head_dim]`, queries and keys normed and rotated."""
+        c = self.config
+        normed = F.rms_norm(x, x.shape[-1:], layer.input_norm, c.norm_eps)
+        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(x), -1, c.head_dim)
+        rotated = qkv[:, : c.num_heads + c.num_kv_heads]
+        qk = rotated
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (c.head_dim,), None, c.norm_eps).mul_(layer.qk_norm)
+        torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin, out=rotated)
+        return qkv
+
+    def _finish_layer(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        c = self.config
+        x = F.linear(attended, layer.o, layer.o_bias).add_(x)
+        normed = F.rms_norm(x, x.shape[-1:], layer.post_norm, c.norm_eps)
+        gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
+        gated = F.silu(gate_up[:, : c.intermediate_size]).mul_(gate_up[:, c.intermediate_size :])
+        return F.linear(gated, layer.down, layer.down_bias).add_(x)

@@ -1,0 +1,272 @@
+"""The live parameters: fused for speed, reachable under their HF names, replaced bucket by bucket.
+
+    safetensors --load--> Parameters (qkv and gate/up fused, tied head) <--read, write-- HF names
+    /update_weights_from_tensor --> WeightState.load_bucket ... --> WeightState.finish(version)
+
+`WeightState` knows whether the weights are whole. From the first bucket of an update until `finish` they are not, and
+the scheduler serves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from miles.errors import CheckpointError, WeightUpdateError
+
+from .model_config import DTYPE_NAMES, ModelConfig
+from .segment import TensorSpec, open_segment
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one decoder layer, `[out, in]` as HF stores them."""
+
+    input_norm: torch.Tensor
+    """[hidden]"""
+    qkv: torch.Tensor
+    """[(heads + 2 * kv_heads) * head_dim, hidden]: queries, keys, values"""
+    qkv_bias: torch.Tensor | None
+    qk_norm: torch.Tensor | None
+    """[heads + kv_heads, head_dim]: q_norm repeated for each query head, then k_norm for each key head"""
+    o: torch.Tensor
+    """[hidden, heads * head_dim]"""
+    o_bias: torch.Tensor | None
+    post_norm: torch.Tensor
+    """[hidden]"""
+    gate_up: torch.Tensor
+    """[2 * intermediate, hidden]"""
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    """[hidden, intermediate]"""
+    down_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where an HF tensor lives: `target` is a view of a fused parameter, written by a broadcasting copy."""
+
+    target: torch.Tensor
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """The live tensor in its HF shape."""
+        return self.target if self.target.dim() == len(self.shape) else self.target[0]
+
+
+class Parameters:
+    """All weights of a model on one device, in one dtype, and their HF names."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self._slots: dict[str, _Slot] = {}
+        self.embedding = self._new("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.layers = [self._new_layer(f"model.layers.{i}.") for i in range(config.num_layers)]
+        self.norm = self._new("model.norm.weight", config.hidden_size)
+        self.head = (
+            self.embedding if config.tied else self._new("lm_head.weight", config.vocab_size, config.hidden_size)
+        )
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+    def _new(self, name: str, *shape: int) -> torch.Tensor:
+        tensor = self._empty(*shape)
+        self._slots[name] = _Slot(tensor, shape)
+        return tensor
+
+    def _new_fused(self, prefix: str, parts: Sequence[tuple[str, int]], suffix: str, *rest: int) -> torch.Tensor:
+        fused = self._empty(sum(rows for _, rows in parts), *rest)
+        first = 0
+        for name, rows in parts:
+            self._slots[f"{prefix}{name}{suffix}"] = _Slot(fused[first : first + rows], (rows, *rest))
+            first += rows
+        return fused
+
+    def _new_layer(self, prefix: str) -> Layer:
+        c = self.config
+        q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        qkv_parts = [("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)]
+        gate_up_parts = [("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)]
+        return Layer(
+            input_norm=self._new(f"{prefix}input_layernorm.weight", c.hidden_size),
+            qkv=self._new_fused(attention, qkv_parts, ".weight", c.hidden_size),
+            qkv_bias=self._new_fused(attention, qkv_parts, ".bias") if c.qkv_bias else None,
+            qk_norm=self._new_qk_norm(attention) if c.qk_norm else None,
+            o=self._new(f"{attention}o_proj.weight", c.hidden_size, q_rows),
+            o_bias=self._new(f"{attention}o_proj.bias", c.hidden_size) if c.o_bias else None,
+            post_norm=self._new(f"{prefix}post_attention_layernorm.weight", c.hidden_size),
+            gate_up=self._new_fused(mlp, gate_up_parts, ".weight", c.hidden_size),
+            gate_up_bias=self._new_fused(mlp, gate_up_parts, ".bias") if c.mlp_bias else None,
+            down=self._new(f"{mlp}down_proj.weight", c.hidden_size, c.intermediate_size),
+            down_bias=self._new(f"{mlp}down_proj.bias", c.hidden_size) if c.mlp_bias else None,
+        )
+
+    def _new_qk_norm(self, attention: str) -> torch.Tensor:
+        c = self.config
+        table = self._empty(c.num_heads + c.num_kv_heads, c.head_dim)
+        self._slots[f"{attention}q_norm.weight"] = _Slot(table[: c.num_heads], (c.head_dim,))
+        self._slots[f"{attention}k_norm.weight"] = _Slot(table[c.num_heads :], (c.head_dim,))
+        return table
+
+    @property
+    def names(self) -> list[str]:
+        """HF names, in the checkpoint's customary order."""
+        return list(self._slots)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(slot.target.numel() * slot.target.element_size() for slot in self._slots.values())
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """HF shape of a parameter; None where the model has none of that name."""
+        slot = self._slots.get(name)
+        return None if slot is None else slot.shape
+
+    def read(self, name: str) -> torch.Tensor:
+        """The live parameter in its HF shape (a view)."""
+        return self._slots[name].read()
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Copies `value` (HF shape, any device) over the live parameter."""
+        self._slots[name].target.copy_(value)
+
+    def checksum(self, name: str) -> str:
+        """xxh3_64 (hex) of the live parameter's bytes, in its own dtype."""
+        tensor = self.read(name).contiguous().cpu()
+        return xxhash.xxh3_64_hexdigest(tensor.view(-1).view(torch.uint8).numpy().data)
+
+    def load_directory(self, directory: Path) -> None:
+        """Fills every parameter from `*.safetensors`. Raises `CheckpointError` naming what is missing or does not fit."""
+        missing = set(self._slots)
+        for name, tensor in _iter_safetensors(directory):
+            slot = self._slots.get(name)
+            if slot is None:
+                if _is_redundant(name, self.config):
+                    continue
+                raise CheckpointError(
+                    f"{directory}, got the tensor {name!r}: a {self.config.model_type} of this config.json has no such "
+                    "parameter; check config.json"
+                )
+            if tuple(tensor.shape) != slot.shape:
+                raise CheckpointError(
+                    f"{name} of {directory}, got shape {tuple(tensor.shape)}: config.json says {slot.shape}; "
+                    "check which of the two is right"
+                )
+            slot.target.copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise CheckpointError(
+                f"{directory}, got {len(self._slots) - len(missing)} of {len(self._slots)} parameters: {_some(missing)} "
+                "missing; give a complete checkpoint"
+            )
+
+
+class WeightState:
+    """Whole or in the middle of an update, and which version. Used from the decode thread only."""
+
+    def __init__(self, parameters: Parameters, version: str) -> None:
+        self._parameters = parameters
+        self._version = version
+        self._written: set[str] | None = None
+
+    @property
+    def version(self) -> str:
+        """Version of the last whole weights."""
+        return self._version
+
+    @property
+    def updating(self) -> bool:
+        """True from the first bucket until `finish`: the weights are a mixture and must not be served."""
+        return self._written is not None
+
+    def restart(self) -> None:
+        """A sender begins anew: what an abandoned update wrote no longer counts towards a whole one."""
+        if self._written is not None:
+            self._written = set()
+
+    def load_bucket(self, segment: str, specs: Sequence[TensorSpec]) -> dict[str, str]:
+        """Copies a bucket into the live parameters; returns the checksum of each as read back.
+
+        Everything is checked before the first byte is written. Whatever goes wrong raises `WeightUpdateError`, and the
+        weights then count as torn until a full update: the sender's idea of what was loaded is no longer ours.
+        """
+        written = set() if self._written is None else self._written
+        self._written = set()
+        for spec in specs:
+            self._check(spec)
+        with open_segment(segment, specs) as tensors, torch.no_grad():
+            for i, spec in enumerate(specs):  # no loop variable may outlive the mapping
+                self._parameters.write(spec.name, tensors[i])
+            if self._parameters.device.type == "cuda":
+                torch.cuda.synchronize(self._parameters.device)
+        self._written = written | {spec.name for spec in specs}
+        return {spec.name: self._parameters.checksum(spec.name) for spec in specs}
+
+    def check_completes(self, names: Sequence[str] = ()) -> None:
+        """Raises `WeightUpdateError` where an update, `names` included, would leave a parameter unwritten."""
+        if self._written is None and not names:
+            return
+        missing = set(self._parameters.names) - (self._written or set()) - set(names)
+        if missing:
+            raise WeightUpdateError(
+                f"weight update, got {len(self._parameters.names) - len(missing)} of {len(self._parameters.names)} "
+                f"parameters: {_some(missing)} not sent; send all buckets before the version"
+            )
+
+    def finish(self, version: str) -> None:
+        """Names the weights; ends an update. Raises `WeightUpdateError` where one is incomplete."""
+        self.check_completes()
+        self._written, self._version = None, version
+
+    def checksums(self) -> dict[str, str]:
+        """HF name -> checksum over all live parameters."""
+        return {name: self._parameters.checksum(name) for name in self._parameters.names}
+
+    def _check(self, spec: TensorSpec) -> None:
+        shape = self._parameters.shape(spec.name)
+        if shape is None:
+            why = "its head is the embedding" if spec.name == "lm_head.weight" else "the model has no such parameter"
+            raise WeightUpdateError(f"tensor name, got {spec.name!r}: {why}; send the checkpoint's own names")
+        if spec.shape != shape:
+            raise WeightUpdateError(f"shape of {spec.name}, got {list(spec.shape)}: the engine holds {list(shape)}")
+        if spec.dtype != self._parameters.dtype:
+            raise WeightUpdateError(
+                f"dtype of {spec.name}, got {DTYPE_NAMES[spec.dtype]}: the engine holds "
+                f"{DTYPE_NAMES[self._parameters.dtype]}; convert it, or start the engine with --dtype"
+            )
+
+
+def _iter_safetensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({directory / str(shard) for shard in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"--model-path, got {str(directory)!r}: there are no *.safetensors; convert the checkpoint (pickles are not read)"
+        )
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118  (not a mapping)
+                    yield name, shard.get_tensor(name)
+        except OSError as error:
+            raise CheckpointError(f"{file}, got a file that cannot be read ({error}): restore the shard") from error
+
+
+def _is_redundant(name: str, config: ModelConfig) -> bool:
+    return name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
