@@ -16,7 +16,7 @@ import xxhash
 
 from miles.errors import DataError
 
-from .files import Row, read_rows
+from .files import Row, read_rows, split_slice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,12 +75,13 @@ def load_prompts(
 
     Raises DataError with file, line and reason for the first row that breaks these rules.
     """
+    file = split_slice(path)[0]
     needs_label = require_label if callable(require_label) else lambda metadata: bool(require_label)
     template_kwargs = {"add_generation_prompt": True, **(apply_chat_template_kwargs or {})}
 
     def prepare(row: Row) -> Prompt:
         """The row without its tokens."""
-        where = f"{path}:{row.line}"
+        where = f"{file}:{row.line}"
         prompt = _prompt(row.values, input_key, where)
         metadata = _json_object(row.values.get(metadata_key), metadata_key, where)
         label = _label(row.values, label_key, where, required=needs_label(metadata))
@@ -106,7 +107,7 @@ def load_prompts(
                 prompt.tokens.extend(next(encoded))
                 if not prompt.tokens:
                     raise DataError(
-                        f"{path}:{prompt.line}, got {prompt.prompt!r}: the prompt has no tokens; drop the row"
+                        f"{file}:{prompt.line}, got {prompt.prompt!r}: the prompt has no tokens; drop the row"
                     )
             if max_prompt_len is not None and len(prompt.tokens) > max_prompt_len:
                 skipped += 1
