@@ -10,7 +10,7 @@
 #   HF_CHECKPOINT  Hugging Face directory of the model; without it the tiny model and its task are made (.miles/) and used
 #   PROMPT_DATA    JSONL or parquet with the columns `prompt` (messages) and `label`; needed with HF_CHECKPOINT
 #   EVAL_DATA      `NAME FILE`, repeated, of held-out prompts in the same form
-#   NUM_GPUS       GPUs to train and generate on; all that nvidia-smi lists
+#   NUM_GPUS       GPUs to train and generate on; all that nvidia-smi lists, one for the tiny model, 0 is a CPU run
 #   MODEL          a file of scripts/models/, such as qwen3-4B; found from the checkpoint's shape
 #   CKPT_DIR       where checkpoints are saved and resumed from; checkpoints/<name of HF_CHECKPOINT>
 #   TINY_SEED      seed of the tiny model; 0
@@ -32,11 +32,13 @@ fi
 use_venv core
 
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+gpus_here=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 
 if [ -z "${HF_CHECKPOINT:-}" ]; then
   TINY=$ROOT/.miles/tiny_addition
   "$PYTHON" "$ROOT/tools/make_tiny_task.py" "$TINY" --seed "${TINY_SEED:-0}"
   MODEL=${MODEL:-qwen3-tiny}
+  NUM_GPUS=${NUM_GPUS:-$((gpus_here > 0))}
 
   CKPT_ARGS=(
     --hf-checkpoint "$TINY/model"
@@ -90,9 +92,7 @@ else
   NAME=$(basename -- "$HF_CHECKPOINT")
   CKPT_DIR=$(absolute "${CKPT_DIR:-checkpoints/$NAME}")
   MODEL=${MODEL:-$(qwen3_model "$HF_CHECKPOINT")}
-  if [ -z "${NUM_GPUS:-}" ] && command -v nvidia-smi >/dev/null; then
-    NUM_GPUS=$(nvidia-smi --list-gpus | wc -l)
-  fi
+  NUM_GPUS=${NUM_GPUS:-$gpus_here}
 
   CKPT_ARGS=(
     --hf-checkpoint "$HF_CHECKPOINT"
@@ -156,7 +156,7 @@ else
     --run-name "$NAME"
   )
 fi
-if [ "${NUM_GPUS:-0}" -gt 0 ]; then
+if [ "$NUM_GPUS" -gt 0 ]; then
   MISC_ARGS+=(--actor-num-nodes 1 --actor-num-gpus-per-node "$NUM_GPUS")
 fi
 
