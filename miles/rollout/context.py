@@ -13,6 +13,7 @@ hook, in whatever the hook awaits, and in tasks that the hook starts; not in thr
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -84,6 +85,12 @@ class GenerationContext:
             self.attempt,
             stream=f"eval/{self.evaluation}" if self.evaluation else "",
         )
+
+    def request_id(self) -> str:
+        """A name for this trajectory's next request: in engines' logs, in errors, and to abort it by."""
+        phase = f"eval-{self.evaluation}" if self.evaluation else "rollout"
+        where = f"{self.rollout_id}-g{self.group_index}-s{self.position}-t{self._turn}-a{self.attempt}"
+        return f"{phase}-{where}-{uuid.uuid4().hex[:8]}"
 
     def next_seed(self) -> int:
         """The seed of the next request: another one at each call, the same ones in a repeated run."""

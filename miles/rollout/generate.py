@@ -34,13 +34,14 @@ async def generate(args: Args, sample: Sample, sampling_params: dict[str, Any]) 
     if not sample.tokens:
         sample.tokens = tokenize_prompt(context, sample)
     params = context.sampling.fit(sampling_params, len(sample.tokens))
+    rid = context.request_id()
     issued, seed = context.seed(), context.next_seed()
     if params.get("sampling_seed", issued) == issued:
         params = {**params, "sampling_seed": seed}
     if params.get("max_new_tokens") == 0:
         return _no_room(sample, context)
     reply = await context.pool.generate(
-        {"input_ids": list(sample.tokens), "sampling_params": params, "return_logprob": True}, num_samples=1
+        {"rid": rid, "input_ids": list(sample.tokens), "sampling_params": params, "return_logprob": True}, num_samples=1
     )
     if isinstance(reply, list):
         (reply,) = reply
@@ -54,6 +55,7 @@ async def generate_group(contexts: Sequence[GenerationContext], samples: Sequenc
     for sample in samples:
         if not sample.tokens:
             sample.tokens = tokenize_prompt(context, sample)
+    rids = [c.request_id() for c in contexts]
     params = [
         context.sampling.fit(c.sampling.params(c.next_seed()), len(sample.tokens))
         for c, sample in zip(contexts, samples, strict=True)
@@ -63,7 +65,12 @@ async def generate_group(contexts: Sequence[GenerationContext], samples: Sequenc
             _no_room(sample, context)
         return
     replies = await context.pool.generate(
-        {"input_ids": [list(s.tokens) for s in samples], "sampling_params": params, "return_logprob": True},
+        {
+            "rid": rids,
+            "input_ids": [list(s.tokens) for s in samples],
+            "sampling_params": params,
+            "return_logprob": True,
+        },
         num_samples=len(samples),
     )
     if not isinstance(replies, list) or len(replies) != len(samples):
