@@ -158,7 +158,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     arXiv 2104.09864, in the half-split layout of HF and Megatron. `cos`, `sin` [T, 1, 1, rotated / 2]; dimensions past
     `rotated` pass through.
     """
-    return _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call,no-any-return]
+    return _Rotate.apply(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -226,17 +226,14 @@ class PackedCoreAttention(torch.nn.Module):
             return self._flash(query, key, value, packed_seq_params).reshape(tokens, -1)
         kernels = sdpa_kernel(SDPBackend.MATH) if self.backend == "unfused" else nullcontext()
         with kernels:
-            outputs = [
-                self._block(*(t[b.start : b.stop] for t in (query, key, value)), b) for b in packed_seq_params.blocks
-            ]
+            outputs = [self._block(query, key, value, block) for block in packed_seq_params.blocks]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _block(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> Tensor:
-        tokens = query.shape[0]
-        q, k, v = (_pad(t, block).transpose(1, 2) for t in (query, key, value))
+        q, k, v = (_pad(t[block.start : block.stop], block).transpose(1, 2) for t in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
-        return _unpad(out.transpose(1, 2), block).reshape(tokens, -1)
+        return _unpad(out.transpose(1, 2), block).flatten(1)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
         from flash_attn import flash_attn_varlen_func

@@ -31,7 +31,8 @@ def prepare() -> None:
         return
     # Without a GPU torch.compile only costs start-up time: megatron's fusions then run as the plain functions they are.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
+    for message in (".*Apex (is|are) not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning, module="megatron")
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> Non
     if len(shards) == 1:
         (directory / "part-0").rename(directory / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (directory / f"part-{number}").rename(directory / file)

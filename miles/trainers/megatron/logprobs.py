@@ -64,7 +64,7 @@ def token_scores(
     rows = slice(0, vocabulary.rows)
     local = targets - vocabulary.start
     chunk = max(len(targets), 1) if chunk_tokens == -1 else chunk_tokens
-    return TokenScores(*_TokenScores.apply(hidden, weight, rows, local, scale, vocabulary, chunk))  # type: ignore[no-untyped-call]
+    return TokenScores(*_TokenScores.apply(hidden, weight, rows, local, scale, vocabulary, chunk))
 
 
 class _TokenScores(torch.autograd.Function):

@@ -13,12 +13,12 @@ from torch import Tensor
 
 def scatter_rows(x: Tensor, slots: Tensor, size: int) -> Tensor:
     """[n, ...] -> [size, ...] with `out[slots[i]] = x[i]` and zeros elsewhere. `slots` [n] int64, distinct."""
-    return _Scatter.apply(x, slots, size)  # type: ignore[no-untyped-call,no-any-return]
+    return _Scatter.apply(x, slots, size)
 
 
 def gather_rows(x: Tensor, slots: Tensor) -> Tensor:
     """[m, ...] -> [n, ...], `out[i] = x[slots[i]]`. `slots` [n] int64, distinct."""
-    return _Gather.apply(x, slots)  # type: ignore[no-untyped-call,no-any-return]
+    return _Gather.apply(x, slots)
 
 
 def _scatter(x: Tensor, slots: Tensor, size: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def seed(value: int) -> None:
 def save(path: Path) -> None:
     """Writes all streams' states."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     assert (version, kind) == (3, "MT19937"), (version, kind)
     states = {
         "torch": torch.get_rng_state(),

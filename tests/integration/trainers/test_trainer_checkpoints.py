@@ -133,9 +133,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_the_last_whole_one(
     else:
         shutil.rmtree(newest)
     named = "__0_0.distcp" if "file" in damage or "byte" in damage else "iter_0000003"
-    with pytest.raises(CheckpointError, match=rf"{named}.*the newest whole one before it is 1") as caught:
-        with trainer_for(_loading(config, tmp_path / "ckpt"), tmp_path):
-            pass
+    refused = pytest.raises(CheckpointError, match=rf"{named}.*the newest whole one before it is 1")
+    with refused as caught, trainer_for(_loading(config, tmp_path / "ckpt"), tmp_path):
+        pass
     assert "\n" not in str(caught.value)
     (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("1\n")
     with trainer_for(_loading(config, tmp_path / "ckpt"), tmp_path) as trainer:

@@ -260,7 +260,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path, qwen3
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.json").write_text((qwen3 / "config.json").read_text())
     (tmp_path / "torn" / "model.safetensors").write_bytes((qwen3 / "model.safetensors").read_bytes()[:1000])
-    with trainer_for(config_for(qwen3), tmp_path) as trainer, pytest.raises(CheckpointError, match="model.safetensors"):
+    with (
+        trainer_for(config_for(qwen3), tmp_path) as trainer,
+        pytest.raises(CheckpointError, match=r"model\.safetensors"),
+    ):
         trainer.load_weights(str(tmp_path / "torn"))
 
 

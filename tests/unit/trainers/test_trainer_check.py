@@ -1,0 +1,44 @@
+"""What the trainers' preflight refuses, and that it costs nothing to ask."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from miles.config.groups import Config
+from miles.trainers import check
+
+
+def _config(group: str, **values: Any) -> Config:
+    config = Config()
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values)})
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "named"),
+    [
+        ("model", {"spec": ("no.such.module", "spec")}, "--spec, got no.such.module spec"),
+        ("model", {"spec": ("one",)}, "--spec MODULE NAME"),
+        ("perf", {"log_probs_chunk_size": 0}, "--log-probs-chunk-size, got 0"),
+        ("model", {"disable_bias_linear": False}, "--no-disable-bias-linear"),
+        ("model", {"norm_epsilon": -1.0}, "--norm-epsilon, got -1.0"),
+    ],
+)
+def test_problems_are_named(group: str, values: dict[str, Any], named: str) -> None:
+    (problem,) = check(_config(group, **values))
+    assert named in str(problem)
+
+
+def test_a_plain_configuration_has_no_problem() -> None:
+    assert check(Config()) == []
+    assert check(_config("model", spec=("miles.trainers.megatron.model", "local_layer_spec"))) == []
+
+
+def test_checking_imports_neither_torch_nor_megatron() -> None:
+    code = "import sys, miles.trainers, miles.config.groups as g; miles.trainers.check(g.Config()); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"

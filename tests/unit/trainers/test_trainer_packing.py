@@ -1,0 +1,86 @@
+"""Packing a TrainBatch: what predicts what, and where scores go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles.errors import DataError
+from miles.trainers.megatron.packing import pack, split_rows
+from miles.types import StepTotals, TrainBatch
+
+_CPU = torch.device("cpu")
+
+
+def _batch(lengths: list[tuple[int, int]], steps: tuple[tuple[np.ndarray, ...], ...]) -> TrainBatch:
+    total, response = np.array([t for t, _ in lengths], np.int64), np.array([r for _, r in lengths], np.int64)
+    rows = len(lengths)
+    # A token is 100 * row + position, so that every packed value says where it came from.
+    tokens = np.concatenate([100 * row + np.arange(n) for row, n in enumerate(total)])
+    return TrainBatch(
+        rollout_id=0,
+        rows={
+            "total_lengths": total,
+            "response_lengths": response,
+            "rewards": np.arange(rows, dtype=np.float32) + 0.5,
+            "temperature": np.arange(rows, dtype=np.float32) + 1,
+            "loss_weight": np.arange(rows, dtype=np.float32) + 0.25,
+            "sample_index": np.arange(rows) + 50,
+        },
+        ragged={
+            "tokens": tokens.astype(np.int64),
+            "loss_mask": (np.arange(response.sum()) % 3 > 0).astype(np.uint8),
+            "rollout_log_probs": -np.arange(response.sum(), dtype=np.float32),
+        },
+        steps=steps,
+        totals=(StepTotals(rows, int(response.sum()), rows),),
+    )
+
+
+_ROWS = st.lists(
+    st.integers(2, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=_ROWS, seed=st.integers(0, 99))
+def test_every_response_token_is_predicted_by_the_one_before_it(lengths: list[tuple[int, int]], seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    batch = _batch(lengths, (tuple(np.array_split(order, 2)),))
+    seen = []
+    for micro_batch in pack(batch, _CPU)[0]:
+        tokens = micro_batch.tokens[0]
+        assert torch.equal(tokens[micro_batch.predictors] + 1, micro_batch.targets)
+        source = micro_batch.targets // 100
+        assert torch.equal(micro_batch.temperatures, source + 1.0)
+        assert torch.equal(micro_batch.advantages, source + 0.5)
+        assert torch.equal(micro_batch.token_weights, (source + 0.25) * micro_batch.loss_mask)
+        assert torch.equal(micro_batch.loss_mask, micro_batch.slots % 3 > 0)
+        assert micro_batch.rollout_log_probs is not None
+        assert torch.equal(micro_batch.rollout_log_probs, -micro_batch.slots.float())
+        assert (micro_batch.row.diff() >= 0).all()
+        assert len(tokens) == max(1, sum(lengths[r][0] - 1 for r in {int(t) // 100 for t in tokens})) or not len(source)
+        seen += micro_batch.slots.tolist()
+    assert sorted(seen) == list(range(sum(r for _, r in lengths)))
+
+
+def test_an_empty_micro_batch_is_one_token_that_predicts_nothing() -> None:
+    ((full, empty),) = pack(_batch([(4, 2)], ((np.array([0]), np.array([], np.int64)),)), _CPU)
+    assert full.num_rows == 1
+    assert empty.num_rows == 0
+    assert empty.tokens.shape == (1, 1)
+    assert len(empty.targets) == len(empty.slots) == 0
+    assert empty.rollout_log_probs is not None
+
+
+def test_a_response_without_a_prompt_is_named() -> None:
+    with pytest.raises(DataError, match="sample 51, got 3 tokens of which 3"):
+        pack(_batch([(4, 2), (3, 3)], ((np.array([0, 1]),),)), _CPU)
+
+
+def test_scores_go_back_row_by_row() -> None:
+    batch = _batch([(4, 2), (3, 0), (5, 3)], ())
+    assert [part.tolist() for part in split_rows(np.arange(5), batch)] == [[0, 1], [], [2, 3, 4]]
