@@ -10,6 +10,7 @@ no reward), rows marked `remove_sample` (kept in the statistics) and rows withou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -165,11 +166,16 @@ def _rewards(
 def _reward(trajectory: Trajectory, config: Config) -> float:
     """Reward of the last row, which has seen the whole conversation; its rows all train with it."""
     last = trajectory.rows[-1]
+    value = last.reward
+    if isinstance(value, str | bytes | list | tuple):
+        raise DataError(
+            f"reward of sample {last.index}, got {value!r}: it is no number; return a float, or a dict with --reward-key"
+        )
     try:
         reward = last.get_reward_value(cast(Args, config.rollout))
     except (ValueError, TypeError) as error:
         raise DataError(str(error)) from error
-    if not np.isfinite(reward):
+    if not math.isfinite(reward):
         raise DataError(
             f"reward of sample {last.index}, got {reward}: it spoils its whole group; "
             "return a finite number, or raise in the reward hook so that the sample is FAILED"

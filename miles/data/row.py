@@ -7,6 +7,7 @@ A custom generation function can be tried out with it: whatever `check_sample` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,12 @@ class TrainRow:
     """[R] uint8."""
     rollout_log_probs: np.ndarray | None
     """[R] float32; None where the sample has none."""
+    trained_tokens: int
+    """Response tokens that are not masked."""
     temperature: float
     index: int
     trajectory_id: int
     group_index: int
-
-    @property
-    def trained_tokens(self) -> int:
-        return int(self.loss_mask.sum())
 
 
 def trajectory_of(sample: Sample) -> int:
@@ -65,7 +64,7 @@ def check_sample(sample: Sample) -> TrainRow:
             "set COMPLETED or TRUNCATED once it is generated",
         )
     tokens = _integers(sample.tokens)
-    if tokens is None or (tokens < 0).any():
+    if tokens is None or tokens.min(initial=0) < 0:
         raise refuse(
             "tokens", _short(sample.tokens), "token ids are whole numbers >= 0", "give prompt and response ids"
         )
@@ -81,7 +80,7 @@ def check_sample(sample: Sample) -> TrainRow:
     mask = np.ones(length, dtype=np.uint8)
     if sample.loss_mask is not None:
         given = _numbers(sample.loss_mask)
-        if given is None or not np.isin(given, (0, 1)).all():
+        if given is None or not ((given == 0) | (given == 1)).all():
             raise refuse("loss_mask", _short(sample.loss_mask), "a token is trained on or not", "use 0 and 1")
         if len(given) != length:
             raise refuse("loss_mask", f"{len(given)} entries", f"the response has {length} tokens", "give one for each")
@@ -103,7 +102,7 @@ def check_sample(sample: Sample) -> TrainRow:
                 f"the response has {length} tokens",
                 "give one for each",
             )
-        if not np.isfinite(log_probs[mask == 1]).all():
+        if not np.isfinite(log_probs).all() and not np.isfinite(log_probs[mask == 1]).all():
             raise refuse(
                 "rollout_log_probs",
                 "a NaN or an infinity",
@@ -112,12 +111,13 @@ def check_sample(sample: Sample) -> TrainRow:
             )
         log_probs = log_probs.astype(np.float32)
 
-    if not (np.isfinite(sample.temperature) and sample.temperature >= 0):
+    if not 0 <= sample.temperature < math.inf:
         raise refuse("temperature", sample.temperature, "logits are divided by it", "give the sampling temperature")
     return TrainRow(
         tokens=tokens,
         loss_mask=mask,
         rollout_log_probs=log_probs,
+        trained_tokens=int(np.count_nonzero(mask)),
         temperature=sample.temperature or 1.0,
         index=sample.index,
         trajectory_id=trajectory_id,
