@@ -167,13 +167,17 @@ class EngineClient:
     async def checksums(self) -> dict[str, str]:
         endpoint = "/weights_checker"
         reply = await self._control(endpoint, {"action": "checksum"})
-        ranks = reply.get("checksums")
-        if not isinstance(ranks, list) or len(ranks) != 1:
-            raise EngineError(
-                f"engine {self._name}: POST {endpoint}, got {len(ranks) if isinstance(ranks, list) else 'no'} lists of "
-                f"checksums: one rank that holds whole tensors can be compared; use engines of one GPU for this check"
-            )
-        return ranks[0]
+        merged: dict[str, str] = {}
+        for part in reply.get("checksums") or []:
+            if twice := merged.keys() & part.keys():
+                raise EngineError(
+                    f"engine {self._name}: POST {endpoint}, got several checksums of {min(twice)}: its ranks hold parts of "
+                    f"tensors, which cannot be compared with whole ones; use engines of one GPU for this check"
+                )
+            merged.update(part)
+        if not merged:
+            raise EngineError(f"engine {self._name}: POST {endpoint}, got no checksums: {_first_line(reply)}")
+        return merged
 
     # -------------------------------------------------------------------------------------------------------- requests
 

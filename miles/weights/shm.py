@@ -17,13 +17,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from miles.errors import EngineError, WeightUpdateError
 from miles.interfaces import BucketReceipt, Engine
 
-from .buckets import BucketLayout, NamedTensor, layout
+from .buckets import BucketLayout, NamedTensor, TensorSlot, layout
 from .checksum import checksum, verify_loaded
 
 LOAD_FORMAT = "miles_shm"
@@ -52,18 +53,27 @@ class SharedMemoryTransport:
         try:
             started = time.perf_counter()
             # A thread, so that the requests of the bucket before this one go on meanwhile.
-            bucket, checksums = await asyncio.to_thread(segment.fill, tensors)
+            bucket = await asyncio.to_thread(segment.fill, tensors)
             # Dropped here: what the caller gathered can be freed while engines load our copy of it.
             del tensors
             wire_s = time.perf_counter() - started
             if previous is not None:
                 await previous.wait()
             started = time.perf_counter()
-            await _load_everywhere(_payload(segment.path, bucket), checksums, engines)
+            payload = _payload(segment.path, bucket)
+            # Engines load while we compute what they are to answer. All are waited for: they read the segment until then.
+            outcomes = await asyncio.gather(
+                asyncio.to_thread(segment.checksums, bucket),
+                *(engine.update_weights(payload) for engine in engines),
+                return_exceptions=True,
+            )
             load_s = time.perf_counter() - started
         finally:
             loaded.set()
             self._free.append(segment)
+        checksums, *replies = _successes(outcomes)
+        for engine, reply in zip(engines, replies, strict=True):
+            verify_loaded(engine.name, checksums, reply.get("checksums") or {})
         return BucketReceipt(checksums, bucket.payload_nbytes, wire_s, load_s)
 
     def close(self) -> None:
@@ -71,21 +81,15 @@ class SharedMemoryTransport:
             segment.close()
 
 
-async def _load_everywhere(payload: dict[str, object], checksums: dict[str, str], engines: Sequence[Engine]) -> None:
-    """Every engine loads the bucket; waits for all of them, since they read the segment until they answer."""
-
-    async def load(engine: Engine) -> None:
-        reply = await engine.update_weights(payload)
-        verify_loaded(engine.name, checksums, reply.get("checksums") or {})
-
-    outcomes = await asyncio.gather(*(load(engine) for engine in engines), return_exceptions=True)
+def _successes(outcomes: Sequence[dict[str, Any] | BaseException]) -> list[dict[str, Any]]:
+    """The outcomes where all are successes; else raises, with the texts of all engines that failed."""
     failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     for failure in failures:
         if not isinstance(failure, EngineError):
             raise failure
     if failures:
-        text = "; and ".join(str(failure) for failure in failures)
-        raise WeightUpdateError(text) from failures[0]
+        raise WeightUpdateError("; and ".join(str(failure) for failure in failures)) from failures[0]
+    return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
 
 def _payload(path: str, bucket: BucketLayout) -> dict[str, object]:
@@ -119,17 +123,21 @@ class Segment:
     def path(self) -> str:
         return self._path
 
-    def fill(self, tensors: Sequence[NamedTensor]) -> tuple[BucketLayout, dict[str, str]]:
-        """Copies the tensors in, from whatever device, and returns where they lie and the checksum of each."""
+    def fill(self, tensors: Sequence[NamedTensor]) -> BucketLayout:
+        """Copies the tensors in, from whatever device, and returns where they lie."""
         bucket = layout(tensors)
         self._reserve(bucket.nbytes)
-        checksums: dict[str, str] = {}
         for slot, (_, tensor) in zip(bucket.slots, tensors, strict=True):
-            stored = self._bytes[slot.offset : slot.offset + slot.nbytes]
             if slot.nbytes:
-                stored.view(slot.dtype).view(slot.shape).copy_(tensor.detach())
-            checksums[slot.name] = checksum(stored.numpy())
-        return bucket, checksums
+                self._raw(slot).view(slot.dtype).view(slot.shape).copy_(tensor.detach())
+        return bucket
+
+    def checksums(self, bucket: BucketLayout) -> dict[str, str]:
+        """Checksum of each tensor as it lies in the segment."""
+        return {slot.name: checksum(self._raw(slot).numpy()) for slot in bucket.slots}
+
+    def _raw(self, slot: TensorSlot) -> torch.Tensor:
+        return self._bytes[slot.offset : slot.offset + slot.nbytes]
 
     def close(self) -> None:
         """Gives the memory back. The segment can be filled again afterwards."""

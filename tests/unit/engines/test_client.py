@@ -42,11 +42,11 @@ async def test_generate_sends_token_and_payload_and_returns_the_reply():
 async def test_control_calls_speak_the_protocol():
     async with ScriptedServer() as server, client_of(server) as client:
         engine: Engine = client
-        server.default = reply(200, {"success": True, "weight_version": "5", "checksums": [{"w": "ab"}]})
+        server.default = reply(200, {"success": True, "weight_version": "5", "checksums": [{"w": "ab"}, {"v": "cd"}]})
         await engine.health()
         await engine.pause()
         await engine.update_weights({"load_format": "miles_shm"})
-        assert await engine.checksums() == {"w": "ab"}
+        assert await engine.checksums() == {"w": "ab", "v": "cd"}
         await engine.set_version("5")
         assert await engine.version() == "5"
         await engine.resume()
@@ -162,8 +162,8 @@ async def test_failures_with_status_200_are_failures():
     answers = [
         (lambda c: c.set_version("3"), reply(200, {"success": False, "message": "tensors are missing: a.b"}), "a.b"),
         (lambda c: c.generate({}), reply(200, b"<html>"), "not JSON: <html>"),
-        (lambda c: c.checksums(), reply(200, {"checksums": [{}, {}]}), "2 lists"),
-        (lambda c: c.checksums(), reply(200, {}), "no lists"),
+        (lambda c: c.checksums(), reply(200, {"checksums": [{"w": "a"}, {"w": "b"}]}), "several checksums of w"),
+        (lambda c: c.checksums(), reply(200, {}), "no checksums"),
     ]
     for call, answer, text in answers:
         async with ScriptedServer(answer) as server, client_of(server) as client:
