@@ -12,6 +12,7 @@ from miles.errors import MilesError, UserError
 from miles.observe import Display, make_display
 
 from .app import App
+from .ray_cluster import secure_environment
 
 if TYPE_CHECKING:
     from .preflight import Prepared
@@ -29,6 +30,7 @@ def run(train: Callable[[App], None], argv: Sequence[str] | None = None) -> int:
         if resolution.action == "print-config":
             print(resolution.describe())
             return 0
+        secure_environment()
         from .preflight import preflight  # ray, torch and transformers: not needed for --help
 
         prepared = preflight(resolution.config)
@@ -65,6 +67,8 @@ def show_plan(display: Display, prepared: Prepared, resolution: Resolution) -> N
         ("bundles", f"{layout.num_bundles} x {'1 GPU' if resolution.has_gpu else 'a share of a CPU'}"),
     ]
     display.table("plan", ("what", "value"), [*prepared.table, *placement])
+    for text in resolution.warnings:
+        display.note(f"warning: {text}")
     if resolution.not_in_effect:
         where = "gpu" if resolution.has_gpu else "cpu"
         display.note(f"not in effect on {where}: " + ", ".join(str(item) for item in resolution.not_in_effect))

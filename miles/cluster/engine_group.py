@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 
-from miles.config import Config
+from miles.config import Config, engine_server_args
 from miles.engines.launch import EngineProcess, launch_embedded
 from miles.observe import open_process_log
 
@@ -50,7 +50,7 @@ class EngineActor(StacksMixin):
                 token=token,
                 log_path=self.logs / f"{self.name}.log",
                 env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if device == "cpu" else {},
-                server_args=engine_server_args(self.config),
+                server_args=_server_args(self.config),
                 start_timeout_s=self.config.cluster.start_timeout,
                 device=device,
             )
@@ -66,14 +66,14 @@ class EngineActor(StacksMixin):
         return self._stacks()
 
 
-def engine_server_args(config: Config) -> dict[str, object]:
-    """The server's arguments: what --sglang-* passed, and what the run's own flags imply."""
-    args = dict(config.sglang.sglang_args)
+def _server_args(config: Config) -> dict[str, object]:
+    """What --sglang-* passed, and what the run's own flags imply."""
+    args = engine_server_args(config)
     args.setdefault("random_seed", config.rollout.rollout_seed)
-    if config.cluster.deterministic_mode:
-        args["enable_deterministic_inference"] = True
     if config.rollout.rollout_max_context_len is not None:
         args.setdefault("context_length", config.rollout.rollout_max_context_len)
+    if config.cluster.deterministic_mode:
+        args["enable_deterministic_inference"] = True
     return args
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,21 @@ logger = logging.getLogger(__name__)
 _PREFIX = "miles-ray-"
 #: Shared memory that the object store of a CPU run may take; a rollout's batches are a few MB.
 _CPU_OBJECT_STORE_BYTES = 512 * 1024**2
+
+
+def secure_environment() -> None:
+    """Settings of a private cluster, inherited by every process it starts. Ray reads them when it is imported, so this
+    must come before; a second call does nothing, nor does any where RAY_ADDRESS names a cluster."""
+    if "RAY_ADDRESS" in os.environ or "RAY_AUTH_TOKEN" in os.environ:
+        return
+    assert "ray" not in sys.modules, "ray was imported before its environment was set"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray's own switch for "this machine only": without it, Ray replaces 127.0.0.1 by the machine's address and binds to
+    # all interfaces.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 @contextlib.contextmanager
@@ -39,13 +55,7 @@ def ray_cluster(*, has_gpu: bool) -> Iterator[None]:
             ray.shutdown()
         return
 
-    # Read by Ray when it is imported and inherited by every process it starts. The second is Ray's own switch for
-    # "this machine only": without it, Ray replaces 127.0.0.1 by the machine's address and binds to all interfaces.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    secure_environment()
     import ray
 
     _remove_leftovers()

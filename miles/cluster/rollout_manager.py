@@ -28,7 +28,7 @@ from miles.data import (
     load_tokenizer,
     save_rollout_samples,
 )
-from miles.engines.client import EngineClient
+from miles.engines.client import EngineClient, Timeouts
 from miles.engines.pool import EnginePool
 from miles.errors import CheckpointError
 from miles.observe import RunDir, open_process_log
@@ -90,7 +90,8 @@ class RolloutManagerActor(StacksMixin):
         if self.source is not None:
             if state:
                 self.source.load_state_dict(state["source"])
-            clients = [EngineClient(e.name, e.url, e.token) for e in engines]
+            timeouts = Timeouts(generate_s=self.config.sglang.sglang_request_timeout)
+            clients = [EngineClient(e.name, e.url, e.token, timeouts=timeouts) for e in engines]
             self._rollout = Rollout(
                 self.config,
                 source=self.source,

@@ -11,11 +11,12 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from miles.config import Config, import_plugins
 from miles.engines.client import EngineClient
@@ -76,21 +77,7 @@ class TrainerActor(StacksMixin):
             return None
         if self._transport is None:
             self._transport = SharedMemoryTransport()
-        return self._loop.run_until_complete(self._publish(weights, engines, version))
-
-    async def _publish(self, weights: Any, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats:
-        clients = [EngineClient(e.name, e.url, e.token) for e in engines]
-        try:
-            return await publish(
-                weights,
-                clients,
-                self._transport,
-                version,
-                self.config.cluster.update_weight_buffer_size,
-                check_equal=self.config.debug.check_weight_update_equal,
-            )
-        finally:
-            await asyncio.gather(*(client.close() for client in clients))
+        return self._loop.run_until_complete(_publish(self.config, weights, engines, self._transport, version))
 
     def save(self, directory: str, iteration: int, extra: dict[str, Any]) -> None:
         self.trainer.save(directory, iteration, extra)
@@ -108,6 +95,28 @@ class TrainerActor(StacksMixin):
     @ray.method(concurrency_group="control")
     def stacks(self) -> str:
         return self._stacks()
+
+
+# Not a method: one coroutine among its methods would make Ray run all of the actor's calls in an event loop.
+async def _publish(
+    config: Config,
+    weights: Iterator[tuple[str, torch.Tensor]],
+    engines: Sequence[EngineAddress],
+    transport: SharedMemoryTransport,
+    version: WeightVersion,
+) -> PublishStats:
+    clients = [EngineClient(e.name, e.url, e.token) for e in engines]
+    try:
+        return await publish(
+            weights,
+            clients,
+            transport,
+            version,
+            config.cluster.update_weight_buffer_size,
+            check_equal=config.debug.check_weight_update_equal,
+        )
+    finally:
+        await asyncio.gather(*(client.close() for client in clients))
 
 
 class TrainerGroup:

@@ -1,0 +1,148 @@
+"""Ray as we start it: on loopback, with a token, waits that name the other side, placements that fail fast."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+
+PRELUDE = """
+import time, sys
+from pathlib import Path
+from miles.cluster.ray_cluster import ray_cluster, secure_environment
+secure_environment()
+from miles.cluster.waits import Process, StacksMixin, wait_for
+import ray
+from miles.errors import *
+"""
+
+
+def run(body: str, *, timeout: float = 100) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(body)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
+    )
+
+
+def test_waits_and_placement_on_a_private_cluster(tmp_path):
+    out = run(
+        f"""
+        import os, psutil, tempfile
+        @ray.remote(concurrency_groups={{"control": 1}}, num_cpus=0)
+        class Busy(StacksMixin):
+            def nap_in_a_named_function(self, s): time.sleep(s); return s
+            def bad(self): raise EngineError("engine-7, got silence: it is a test; do nothing")
+            def die(self): os._exit(3)
+            @ray.method(concurrency_group="control")
+            def stacks(self): return self._stacks()
+
+        def expect(kind, f):
+            started = time.monotonic()
+            try:
+                f()
+            except kind as e:
+                print(kind.__name__, round(time.monotonic() - started, 1), "::", e, "@@")
+            else:
+                print("nothing raised")
+
+        with ray_cluster(has_gpu=False):
+            log = Path({str(tmp_path)!r}) / "x.log"
+            log.write_text("last words")
+            a, b = (Process(n, Busy.remote(), log) for n in ("a", "b"))
+            print("values", wait_for({{a: a.handle.nap_in_a_named_function.remote(0.2), b: b.handle.nap_in_a_named_function.remote(0)}}, what="naps", limit_s=30))
+            expect(WaitTimeout, lambda: wait_for({{a: a.handle.nap_in_a_named_function.remote(6)}}, what="a nap", limit_s=1.0))
+            expect(EngineError, lambda: wait_for({{a: a.handle.nap_in_a_named_function.remote(60), b: b.handle.bad.remote()}}, what="two", limit_s=30))
+            expect(ProcessDied, lambda: wait_for({{b: b.handle.die.remote()}}, what="death", limit_s=30))
+
+            beats = iter(range(4))
+            c = Process("c", Busy.remote(), log)
+            print("progress", wait_for({{c: c.handle.nap_in_a_named_function.remote(2.5)}}, what="slow", limit_s=1.5, progress=lambda: next(beats, 9)))
+
+            from miles.cluster.placement import Layout, place
+            def many(n): return Layout(n, tuple(range(n)), (), False)
+            expect(PlacementError, lambda: place(many(100), use_gpu=False))
+            expect(PlacementError, lambda: place(many(1), use_gpu=True))
+            print("order", place(many(3), use_gpu=False).order)
+            me = psutil.Process()
+            conns = [c for p in [me, *me.children(recursive=True)] for c in p.net_connections("tcp") if c.status == "LISTEN"]
+            print("listening", sorted({{c.laddr.ip.replace("::ffff:", "") for c in conns}}), len(conns) > 3)
+        """
+    )
+    text = out.stdout
+    assert out.returncode == 0, text + out.stderr
+    assert "values [0.2, 0]" in text
+    timeout = text[text.index("WaitTimeout") :].split("@@")[0]
+    assert "wait for a nap" in timeout
+    assert "nap_in_a_named_function" in timeout, "the stack of the other side is shown"
+    assert "--- a" in timeout
+    assert text.count("nothing raised") == 0
+    engine = text[text.index("EngineError") :].split("@@")[0]
+    assert float(engine.split()[1]) < 5, "one rank's error does not wait for the others"
+    assert "last words" in text[text.index("ProcessDied") :].split("@@")[0]
+    assert "progress [2.5]" in text
+    placements = text.split("PlacementError")[1:3]
+    assert "asked 25 CPU, available" in placements[0]
+    assert "asked 1 GPU, 1 CPU, available 0 of 0 GPU" in placements[1]
+    assert all(float(p.split()[0]) < 10 for p in placements)
+    assert "order (0, 1, 2)" in text
+    assert "listening ['127.0.0.1'] True" in text
+
+
+def test_a_client_without_the_token_is_refused_and_a_killed_driver_leaves_no_process():
+    driver = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            PRELUDE
+            + textwrap.dedent("""
+            with ray_cluster(has_gpu=False):
+                print(ray.get_runtime_context().gcs_address, flush=True)
+                time.sleep(120)
+            """),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = driver.stdout.readline().strip()
+        stranger = run(
+            f"""
+            import os
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+            ray.init({address!r}, log_to_driver=False)
+            print("connected", ray.cluster_resources())
+            """,
+            timeout=60,
+        )
+        assert "connected" not in stranger.stdout
+        assert stranger.returncode != 0
+        family = psutil.Process(driver.pid).children(recursive=True)
+        assert len(family) > 3
+    finally:
+        driver.kill()
+        driver.wait()
+    deadline = time.monotonic() + 15
+    while alive := [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.2)
+
+
+def test_leftover_directories_of_killed_drivers_are_removed(tmp_path, monkeypatch):
+    import tempfile
+
+    from miles.cluster import ray_cluster
+
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    dead, alive, other = tmp_path / "miles-ray-999999999-x", tmp_path / f"miles-ray-{os.getpid()}-y", tmp_path / "ray"
+    for d in (dead, alive, other):
+        d.mkdir()
+    ray_cluster._remove_leftovers()
+    assert not dead.exists()
+    assert alive.exists()
+    assert other.exists()

@@ -1,0 +1,118 @@
+"""Runs train.py as a user does, in a process of its own, and reads back what it left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+
+from miles.observe import MetricsFile
+
+REPO = Path(__file__).resolve().parents[3]
+
+
+@dataclass
+class Finished:
+    """One run of train.py that ended."""
+
+    returncode: int
+    output: str
+    run_dir: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return MetricsFile.read(self.run_dir / "metrics.jsonl")
+
+    def series(self, key: str) -> list[float]:
+        return [line[key] for line in self.metrics if key in line]
+
+    def samples(self, rollout_id: int) -> list[dict[str, Any]]:
+        lines = (self.run_dir / "samples" / f"rollout_{rollout_id:06d}.jsonl").read_bytes().splitlines()
+        return [orjson.loads(line) for line in lines]
+
+    def check(self) -> Finished:
+        logs = "\n".join(f"--- {p.name}\n{p.read_text()[-2000:]}" for p in sorted((self.run_dir / "logs").glob("*")))
+        assert self.returncode == 0, f"{self.output}\n{logs}"
+        return self
+
+
+def flags(task: Path, **overrides: Any) -> list[str]:
+    """A small run on the tiny task; `name=None` drops a flag, `name=True` is a switch."""
+    values: dict[str, Any] = {
+        "hf_checkpoint": task / "model",
+        "prompt_data": task / "train.jsonl",
+        "input_key": "prompt",
+        "label_key": "label",
+        "apply_chat_template": True,
+        "rollout_shuffle": True,
+        "rm_type": "exact",
+        "num_rollout": 4,
+        "rollout_batch_size": 8,
+        "n_samples_per_prompt": 4,
+        "num_steps_per_rollout": 1,
+        "rollout_max_response_len": 4,
+        "micro_batch_size": 64,
+        "lr": 5e-4,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.99,
+        "progress": "plain",
+    }
+    values.update(overrides)
+    argv: list[str] = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        argv.append("--" + name.replace("_", "-"))
+        if value is not True:
+            argv += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return argv
+
+
+def environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**env, "PYTHONUNBUFFERED": "1"}
+
+
+def start(argv: list[str], run_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "train.py"), *argv, "--run-dir", str(run_dir)],
+        cwd=REPO,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(argv: list[str], run_dir: Path, *, timeout_s: float = 150) -> Finished:
+    """Runs to the end, or kills what this call started and fails."""
+    process = start(argv, run_dir)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"train.py did not end within {timeout_s} s:\n{output}") from None
+    return Finished(process.returncode, output, run_dir)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The process and everything below it."""
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
+def wait_until(condition: Any, *, limit_s: float, what: str) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {limit_s} s"
+        time.sleep(0.2)
