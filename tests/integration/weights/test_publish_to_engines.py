@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import psutil
@@ -66,22 +66,22 @@ async def test_the_named_segment_works_too(engines):
 
 async def test_a_request_in_the_middle_of_an_update_waits_and_is_served_with_the_new_weights(engines, transport):
     engine, model = engines[0], make_model(31)
-    gathered = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    halfway, go_on = threading.Event(), threading.Event()
 
     def slow_weights():
         for i, entry in enumerate(hf_weights(model)):
-            if i == 5:
-                loop.call_soon_threadsafe(gathered.set)
-                time.sleep(0.5)
+            if i == 15:
+                halfway.set()
+                assert go_on.wait(30)
             yield entry
 
     updating = asyncio.create_task(publish(slow_weights(), engines, transport, "31", SMALL_BUFFER))
-    await gathered.wait()
+    assert await asyncio.to_thread(halfway.wait, 30)
     late = asyncio.create_task(engine.generate(request()))
     await asyncio.sleep(0.3)
     assert not late.done()
     assert not updating.done()
+    go_on.set()
     await updating
     reply = await late
     assert reply["output_ids"] == hf_greedy(model, PROMPT, 12)
@@ -114,7 +114,8 @@ async def test_a_failed_update_leaves_every_engine_paused_until_a_whole_one_succ
     if failure == "wrong shape":
         weights[7] = (name, torch.zeros(3, 5))
     elif failure == "unknown name":
-        weights[7] = name, _ = "model.layers.9.nonsense.weight", tensor
+        name = "model.layers.9.nonsense.weight"
+        weights[7] = (name, tensor)
     else:
         del weights[7]
     with pytest.raises(WeightUpdateError) as caught:

@@ -39,6 +39,23 @@ def stall(seconds: float, then: Answer | None = None) -> Answer:
     return answer
 
 
+def held(gate: asyncio.Event) -> Answer:
+    """Answers when the test opens the gate."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        await gate.wait()
+        return await reply()(request)
+
+    return answer
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+    """Returns once the condition holds; for what happens soon, but not at a known moment."""
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 class ScriptedServer:
     """`async with ScriptedServer(...)`. Answers come from `script` in turn, then from `default`."""
 

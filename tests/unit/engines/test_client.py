@@ -21,7 +21,7 @@ from miles.errors import (
 )
 from miles.interfaces import Engine
 
-from .scripted import TOKEN, ScriptedServer, hang_up, reply, stall
+from .scripted import TOKEN, ScriptedServer, hang_up, reply, stall, until
 
 
 def client_of(server: ScriptedServer, **timeouts: float) -> EngineClient:
@@ -124,14 +124,13 @@ async def test_the_limit_covers_all_tries_and_the_error_says_who_what_and_since_
         begin = time.monotonic()
         with pytest.raises(EngineTimeout) as caught:
             await client.generate({"rid": "group-12"})
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 10
         assert str(caught.value).startswith(
             "engine engine-3: POST /generate for group-12, got no answer within 0.4 s (asked at "
         )
         assert isinstance(caught.value, WaitTimeout)
         assert isinstance(caught.value, EngineError)
-        await asyncio.sleep(0.1)
-        assert server.requests[-1] == ("POST", "/abort_request", {"rid": "group-12"})
+        await until(lambda: server.requests[-1] == ("POST", "/abort_request", {"rid": "group-12"}))
 
 
 @pytest.mark.parametrize(
@@ -149,12 +148,11 @@ async def test_every_call_is_bounded(call, limit):
 async def test_a_cancelled_generation_is_aborted_on_the_engine():
     async with ScriptedServer(stall(30)) as server, client_of(server) as client:
         task = asyncio.create_task(client.generate({"rid": ["a", "b"]}))
-        while not server.requests:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(server.requests) == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0.1)
+        await until(lambda: len(server.requests) == 3)
         assert sorted(body["rid"] for _, path, body in server.requests if path == "/abort_request") == ["a", "b"]
 
 

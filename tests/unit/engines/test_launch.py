@@ -46,7 +46,7 @@ def processes_of_group(group: int) -> list[int]:
 
 async def group_ends(group: int) -> None:
     """Killed processes vanish a moment after the signal."""
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         while processes_of_group(group):
             await asyncio.sleep(0.02)
 
@@ -86,7 +86,7 @@ async def test_a_start_that_takes_too_long_leaves_nothing(launch, tmp_path):
     begin = time.monotonic()
     with pytest.raises(EngineError, match=r"no answer within 0\.3 s of its start.*\n.*loading"):
         await launch(f"echo loading; echo $$ > {tmp_path}/pid; sleep 60 & trap '' TERM; wait", start_timeout_s=0.3)
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
     await group_ends(int((tmp_path / "pid").read_text()))
 
 
@@ -107,14 +107,14 @@ async def test_terminate_asks_first_and_then_ends_the_whole_group(launch):
     stubborn = await launch(f"trap '' TERM; sleep 60 & {READY}; while :; do sleep 0.05; done")
     begin = time.monotonic()
     assert stubborn.terminate(grace_s=0.3) == -9
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
     assert stubborn.terminate() == -9
     await group_ends(stubborn.pid)
 
 
 async def test_what_a_dead_engine_started_dies_when_its_end_is_noticed(launch):
     engine = await launch(f"sleep 60 & {READY}; sleep 0.1; exit 5")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         while engine.poll() is None:
             await asyncio.sleep(0.02)
     await group_ends(engine.pid)

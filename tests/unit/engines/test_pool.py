@@ -13,7 +13,7 @@ from miles.engines.client import EngineClient, Timeouts
 from miles.engines.pool import EnginePool, count_samples
 from miles.errors import EngineError, EngineRequestError, EngineUnreachable, WaitTimeout
 
-from .scripted import TOKEN, ScriptedServer, hang_up, reply, stall
+from .scripted import TOKEN, ScriptedServer, hang_up, held, reply, stall, until
 
 
 @contextlib.asynccontextmanager
@@ -50,15 +50,17 @@ def test_samples_of_a_payload(payload, expected):
 
 
 async def test_places_are_kept_and_engines_share_the_load():
-    servers = [ScriptedServer(default=stall(0.02)) for _ in range(2)]
+    gate = asyncio.Event()
+    servers = [ScriptedServer(default=held(gate)) for _ in range(2)]
     async with pool_of(*servers, concurrency=3) as pool:
         work = [asyncio.create_task(pool.generate({"text": "x"})) for _ in range(24)]
-        await asyncio.sleep(0.01)
+        await until(lambda: sum(s.running for s in servers) == 6)
         assert pool.stats().in_flight == {"engine-0": 3, "engine-1": 3}
         assert pool.stats().queued == 18
+        gate.set()
         await asyncio.gather(*work)
         assert [s.most_running for s in servers] == [3, 3]
-        assert [len(s.requests) for s in servers] == [12, 12]
+        assert sum(len(s.requests) for s in servers) == 24
         assert pool.stats().in_flight == {"engine-0": 0, "engine-1": 0}
         assert pool.stats().queued == 0
 
@@ -79,13 +81,15 @@ async def test_a_group_takes_as_many_places_as_samples_and_a_large_one_has_the_e
 
 
 async def test_the_least_loaded_engine_is_chosen():
-    slow, quick = ScriptedServer(default=stall(0.3)), ScriptedServer()
+    gate = asyncio.Event()
+    slow, quick = ScriptedServer(default=held(gate)), ScriptedServer()
     async with pool_of(slow, quick, concurrency=100) as pool:
         group = asyncio.create_task(pool.generate(samples(8)))
-        await asyncio.sleep(0.05)
+        await until(lambda: slow.running == 1)
         for _ in range(5):
             await pool.generate(samples(1))
         assert (len(slow.requests), len(quick.requests)) == (1, 5)
+        gate.set()
         await group
 
 
@@ -100,15 +104,13 @@ async def test_a_request_whose_engine_dies_goes_to_another_and_the_dead_one_gets
         assert pool.stats().in_flight == {"engine-0": 0, "engine-1": 0}
 
         dying.default = reply(200, {"text": "back"})
-        async with asyncio.timeout(5):
-            while pool.stats().down:
-                await asyncio.sleep(0.05)
+        await until(lambda: not pool.stats().down)
         assert await pool.generate(samples(1)) == {"text": "back"}
 
 
 async def test_without_any_engine_requests_fail_within_the_limit_and_say_why():
     async with pool_of(ScriptedServer(default=hang_up()), recovery_limit_s=0.4) as pool:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             outcomes = await asyncio.gather(*(pool.generate(samples(1)) for _ in range(8)), return_exceptions=True)
             assert all(isinstance(o, EngineError) for o in outcomes)
             with pytest.raises(
@@ -138,7 +140,7 @@ async def test_a_wrong_request_is_the_callers_and_costs_no_engine():
 async def test_a_wait_without_movement_ends_with_names():
     async with pool_of(ScriptedServer(default=stall(30)), concurrency=2, stall_limit_s=0.3) as pool:
         first = asyncio.create_task(pool.generate(samples(2)))
-        await asyncio.sleep(0.02)
+        await until(lambda: pool.stats().in_flight["engine-0"] == 2)
         with pytest.raises(WaitTimeout) as caught:
             await pool.generate({"text": "x", "rid": "group-7"})
         assert "request group-7 (1 samples) for room on an engine, got none since" in str(caught.value)
@@ -149,8 +151,8 @@ async def test_a_wait_without_movement_ends_with_names():
 
 
 async def test_movement_elsewhere_keeps_a_wait_alive():
-    async with pool_of(ScriptedServer(default=stall(0.1)), concurrency=1, stall_limit_s=0.4) as pool:
-        await asyncio.gather(*(pool.generate(samples(1)) for _ in range(10)))  # the last one waits 0.9 s
+    async with pool_of(ScriptedServer(default=stall(0.1)), concurrency=1, stall_limit_s=0.8) as pool:
+        await asyncio.gather(*(pool.generate(samples(1)) for _ in range(15)))  # the last one waits 1.4 s
 
 
 async def test_no_place_is_lost_to_cancellation():
@@ -169,21 +171,20 @@ async def test_no_place_is_lost_to_cancellation():
 
 
 async def test_a_large_request_that_is_cancelled_lets_those_behind_it_pass():
-    async with pool_of(ScriptedServer(default=stall(0.5)), concurrency=4) as pool:
-        small = asyncio.create_task(pool.generate(samples(2)))
-        await asyncio.sleep(0)
-        large = asyncio.create_task(pool.generate(samples(4)))
-        behind = asyncio.create_task(pool.generate(samples(2)))
-        last = asyncio.create_task(pool.generate(samples(1)))
-        await asyncio.sleep(0.02)
-        assert pool.stats().queued == 7
+    gate = asyncio.Event()
+    async with pool_of(ScriptedServer(default=held(gate)), concurrency=4) as pool:
+        work = [asyncio.create_task(pool.generate(samples(n))) for n in (2, 4, 2, 1)]
+        _, large, _, last = work
+        await until(lambda: pool.stats().queued == 7)
         last.cancel()
         await asyncio.wait({last})
         assert pool.stats().queued == 6
         large.cancel()
-        await asyncio.sleep(0.02)
+        await asyncio.wait({large})
+        assert pool.stats().queued == 0
         assert pool.stats().in_flight == {"engine-0": 4}
-        await asyncio.gather(small, behind)
+        gate.set()
+        await asyncio.gather(work[0], work[2])
 
 
 async def test_control_of_all_engines():
@@ -205,12 +206,14 @@ async def test_control_of_all_engines():
 
 
 async def test_closing_fails_who_still_waits():
-    async with pool_of(ScriptedServer(default=stall(0.2)), concurrency=1) as pool:
+    gate = asyncio.Event()
+    async with pool_of(ScriptedServer(default=held(gate)), concurrency=1) as pool:
         work = [asyncio.create_task(pool.generate(samples(1))) for _ in range(2)]
-        await asyncio.sleep(0.02)
+        await until(lambda: pool.stats().queued == 1)
         await pool.close()
         with pytest.raises(EngineError, match="closes"):
             await work[1]
+        gate.set()
         await asyncio.wait(work)
 
 
