@@ -178,9 +178,24 @@ class Trainer(Protocol):
         """HF-named full tensors, streamed in a fixed order; every rank iterates, the main rank gets the tensors."""
         ...
 
-    def save(self, directory: str, *, iteration: int) -> None: ...
+    def load_initial(self) -> int:
+        """Gives the actor (and the reference, where one is used) its weights. Returns the rollout to begin with."""
+        ...
+
+    def save(self, directory: str, iteration: int, extra: dict[str, Any]) -> None:
+        """Writes this rank's part under a temporary name. `iteration` counts finished training rollouts."""
+        ...
+
+    def finish_save(self, directory: str, iteration: int) -> None:
+        """Makes what all ranks saved the current checkpoint. The main rank alone calls it."""
+        ...
+
     def load(self, directory: str) -> int:
-        """Returns the iteration to continue from."""
+        """Continues from the current checkpoint. Returns the rollout to begin with; `loaded_extra` is what was saved."""
+        ...
+
+    def save_hf(self, path: str) -> None:
+        """Writes an HF directory that transformers loads."""
         ...
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from miles.errors import DataError
+from miles.trainers.megatron.logprobs import Vocabulary, token_scores
 from miles.types import TrainBatch
 
 from .trainer_tools import config_for, make_batch, run_ranks, share, trainer_for, with_rollout_log_probs
@@ -129,3 +130,48 @@ def test_rollout_log_probs_mode_reports_the_mismatch_before_the_update(tmp_path:
 def test_a_flag_that_needs_the_engines_log_probs_says_so(tmp_path: Path, qwen3: Path) -> None:
     with trainer_for(config_for(qwen3, use_tis=True), tmp_path) as trainer, pytest.raises(DataError, match="--use-tis"):
         trainer.train(make_batch())
+
+
+def _split_vocabulary_scores(rank: int, world_size: int, port: int, path: str) -> dict[str, torch.Tensor]:
+    """Scores and gradients with the vocabulary of 11 split over the ranks in shards of 6, the last row padding."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
+    try:
+        hidden, weight, targets, up = _scored()
+        shard = torch.cat([weight, torch.full((1, 5), 9.0)]).chunk(world_size)[rank].clone().requires_grad_()
+        hidden.requires_grad_()
+        vocabulary = Vocabulary(start=6 * rank, rows=min(11 - 6 * rank, 6), group=torch.distributed.group.WORLD)
+        scores = token_scores(hidden, shard, targets, torch.full((9,), 0.7), vocabulary, 4)
+        (scores.log_probs * up[0] + scores.entropies * up[1]).sum().backward()
+        assert hidden.grad is not None
+        torch.distributed.all_reduce(hidden.grad)
+        return {
+            "log_probs": scores.log_probs.detach(),
+            "entropies": scores.entropies.detach(),
+            "hidden": hidden.grad,
+            "weight": shard.grad,
+        }
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _scored() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    return hidden, weight, torch.arange(9) + 1, torch.randn(2, 9, generator=generator)
+
+
+def test_a_vocabulary_split_over_ranks_scores_the_same(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _split_vocabulary_scores, str(tmp_path / "store"))
+    hidden, weight, targets, up = _scored()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    table = torch.log_softmax(hidden @ weight.t() / 0.7, -1)
+    log_probs, entropies = table.gather(1, targets[:, None]).squeeze(1), -(table.exp() * table).sum(-1)
+    (log_probs * up[0] + entropies * up[1]).sum().backward()
+    for rank in (first, second):
+        torch.testing.assert_close(rank["log_probs"], log_probs.detach())
+        torch.testing.assert_close(rank["entropies"], entropies.detach())
+        torch.testing.assert_close(rank["hidden"], hidden.grad, atol=1e-5, rtol=1e-5)
+    gathered = torch.cat([first["weight"], second["weight"]])
+    torch.testing.assert_close(gathered[:11], weight.grad, atol=1e-5, rtol=1e-5)
+    assert not gathered[11].any()
