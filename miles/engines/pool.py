@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from miles.errors import EngineError, EngineUnreachable, WaitTimeout
+from miles.errors import EngineError, EngineTimeout, EngineUnreachable, WaitTimeout
 
 from .client import EngineClient
 
@@ -41,14 +41,14 @@ def open_pools() -> Iterator[EnginePool]:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """The pool at one moment, in samples."""
+    """The pool at one moment. Numbers count samples."""
 
     in_flight: dict[str, int]
     """Per engine."""
     queued: int
     """Waiting for room on an engine."""
     down: dict[str, str]
-    """Engines that are out of reach, and why."""
+    """Engines that get no requests for now, and why."""
 
 
 @dataclass(eq=False)
@@ -103,6 +103,7 @@ class EnginePool:
         self._moved = time.monotonic()
         self._none_left_since: float | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._closed = False
         _open_pools.add(self)
 
     @property
@@ -128,6 +129,10 @@ class EnginePool:
             seat = await self._take(places, payload, first_in_line=bool(died))
             try:
                 return await seat.client.generate(payload)
+            except EngineTimeout as error:
+                # A stuck engine would look idle and draw all requests; one that was only slow answers the probe.
+                self._mark_down(seat, error)
+                raise
             except EngineUnreachable as error:
                 died.append(error)
                 self._mark_down(seat, error)
@@ -152,14 +157,13 @@ class EnginePool:
         await _all([seat.client.resume() for seat in self._seats])
 
     async def close(self) -> None:
-        """Fails whoever still waits and closes all connections."""
+        """Fails whoever still waits and closes all connections. Requests that run are best cancelled before."""
         _open_pools.discard(self)
+        self._closed = True
         while self._queue:
             waiter = self._queue.popleft()
             if not waiter.future.done():
-                waiter.future.set_exception(
-                    EngineError("engine pool, got a request while it closes: the run is ending")
-                )
+                waiter.future.set_exception(_closing())
         for task in (self._watch, *(seat.probe for seat in self._seats)):
             if task is not None:
                 task.cancel()
@@ -169,6 +173,8 @@ class EnginePool:
 
     async def _take(self, places: int, payload: Mapping[str, Any], *, first_in_line: bool) -> _Seat:
         """Places on an engine, reserved. A request whose engine died goes to the head of the queue."""
+        if self._closed:
+            raise _closing()
         waiter = _Waiter(places, payload, time.monotonic())
         if first_in_line:
             self._queue.appendleft(waiter)
@@ -246,7 +252,7 @@ class EnginePool:
 
     # --------------------------------------------------------------------------------------------------------- failing
 
-    def _mark_down(self, seat: _Seat, error: EngineUnreachable) -> None:
+    def _mark_down(self, seat: _Seat, error: EngineError) -> None:
         if seat.down is not None:
             return
         seat.down = str(error)
@@ -287,6 +293,10 @@ def _describe(payload: Mapping[str, Any]) -> str:
     if isinstance(rid, (list, tuple)):
         rid = f"{rid[0]} and {len(rid) - 1} more" if rid else None
     return f"{rid or 'without rid'} ({count_samples(payload)} samples)"
+
+
+def _closing() -> EngineError:
+    return EngineError("engine pool, got a request after it was closed: the run is ending; generate before `close`")
 
 
 async def _all(calls: Sequence[Any]) -> None:

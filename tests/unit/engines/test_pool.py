@@ -11,7 +11,7 @@ import pytest
 
 from miles.engines.client import EngineClient, Timeouts
 from miles.engines.pool import EnginePool, count_samples
-from miles.errors import EngineError, EngineRequestError, EngineUnreachable, WaitTimeout
+from miles.errors import EngineError, EngineRequestError, EngineTimeout, EngineUnreachable, WaitTimeout
 
 from .scripted import TOKEN, ScriptedServer, hang_up, held, reply, stall, until
 
@@ -129,6 +129,22 @@ async def test_a_request_that_takes_engine_after_engine_down_is_given_up():
         assert len(pool.stats().down) == 3
 
 
+async def test_a_stuck_engine_draws_no_further_requests():
+    async with ScriptedServer(default=stall(30)) as stuck, ScriptedServer() as healthy:
+        clients = [
+            EngineClient(f"engine-{i}", server.url, TOKEN, timeouts=Timeouts(generate_s=0.2))
+            for i, server in enumerate([stuck, healthy])
+        ]
+        pool = EnginePool(clients, 4)
+        with pytest.raises(EngineTimeout, match="engine-0"):
+            await pool.generate(samples(1))
+        await asyncio.gather(*(pool.generate(samples(1)) for _ in range(3)))
+        assert set(pool.stats().down) == {"engine-0"}
+        stuck.default = reply()  # slow, not stuck: it answers the probe
+        await until(lambda: not pool.stats().down)
+        await pool.close()
+
+
 async def test_a_wrong_request_is_the_callers_and_costs_no_engine():
     async with pool_of(ScriptedServer(reply(400, {"message": "n is not a number"}))) as pool:
         with pytest.raises(EngineRequestError, match="n is not a number"):
@@ -211,8 +227,10 @@ async def test_closing_fails_who_still_waits():
         work = [asyncio.create_task(pool.generate(samples(1))) for _ in range(2)]
         await until(lambda: pool.stats().queued == 1)
         await pool.close()
-        with pytest.raises(EngineError, match="closes"):
+        with pytest.raises(EngineError, match="closed"):
             await work[1]
+        with pytest.raises(EngineError, match="closed"):
+            await pool.generate(samples(1))
         gate.set()
         await asyncio.wait(work)
 
