@@ -1,13 +1,13 @@
-"""What the trainers refuse before any process starts. Imports neither torch nor megatron."""
+"""What the trainers refuse before any process starts, besides the rules of `miles.config`. Imports no torch."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from miles.config import Problem
+from miles.config.platform import detect_platform
 
 if TYPE_CHECKING:
     from miles.config.groups import Config
@@ -39,24 +39,6 @@ def _spec_resolves(config: Config) -> Problem | None:
     return None
 
 
-def _micro_batch_size(config: Config) -> Problem | None:
-    size = config.rollout.micro_batch_size
-    if size < 1:
-        return Problem("--micro-batch-size", size, "a micro-batch needs a row", "give 1 or more")
-    return None
-
-
-def _token_budget(config: Config) -> Problem | None:
-    budget = config.perf.max_tokens_per_gpu
-    if config.perf.use_dynamic_batch_size and budget is None:
-        return Problem(
-            "--use-dynamic-batch-size", None, "it needs a token budget to fill", "give --max-tokens-per-gpu N"
-        )
-    if budget is not None and budget < 1:
-        return Problem("--max-tokens-per-gpu", budget, "a micro-batch needs a token", "give 1 or more")
-    return None
-
-
 def _chunk_size(config: Config) -> Problem | None:
     size = config.perf.log_probs_chunk_size
     if size == -1 or size > 0:
@@ -67,7 +49,7 @@ def _chunk_size(config: Config) -> Problem | None:
 def _attention_kernels(config: Config) -> Problem | None:
     backend = config.perf.attention_backend
     package = _KERNELS.get(backend)
-    if package is None or not _has_gpu() or importlib.util.find_spec(package) is not None:
+    if package is None or not detect_platform().has_gpu or importlib.util.find_spec(package) is not None:
         return None
     return Problem(
         "--attention-backend",
@@ -78,7 +60,7 @@ def _attention_kernels(config: Config) -> Problem | None:
 
 
 def _nccl_needs_gpu(config: Config) -> Problem | None:
-    if config.cluster.distributed_backend != "nccl" or _has_gpu():
+    if config.cluster.distributed_backend != "nccl" or detect_platform().has_gpu:
         return None
     return Problem("--distributed-backend", "nccl", "this machine has no GPU", "take gloo or auto")
 
@@ -101,30 +83,11 @@ def _norm_epsilon(config: Config) -> Problem | None:
     return None
 
 
-def _learning_rates(config: Config) -> Problem | None:
-    args = config.optimizer
-    if args.min_lr > args.lr:
-        return Problem(
-            "--min-lr", args.min_lr, f"it is above --lr {args.lr}, where decay begins", "lower it, or raise --lr"
-        )
-    return None
-
-
-def _has_gpu() -> bool:
-    """A GPU of this machine, without importing torch."""
-    from pathlib import Path
-
-    return Path("/proc/driver/nvidia/version").exists()
-
-
 _RULES: tuple[Callable[[Config], Problem | None], ...] = (
     _spec_resolves,
-    _micro_batch_size,
-    _token_budget,
     _chunk_size,
     _attention_kernels,
     _nccl_needs_gpu,
     _linear_biases,
     _norm_epsilon,
-    _learning_rates,
 )
