@@ -18,8 +18,9 @@ from miles.config import Config, engine_server_args
 from miles.engines.launch import EngineProcess, launch_embedded
 from miles.observe import open_process_log
 
+from .actors import actor, all_stacks, control
 from .placement import Placement
-from .waits import Process, StacksMixin, wait_for
+from .waits import Process, wait_for
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class EngineAddress:
     token: str
 
 
-@ray.remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)
-class EngineActor(StacksMixin):
+class EngineActor:
     """Owns one server process. When this actor dies, its end of the server's stdin closes and the server exits."""
 
     def __init__(self, config: Config, name: str, logs: Path):
@@ -61,9 +61,9 @@ class EngineActor(StacksMixin):
         if self._process is not None:
             self._process.terminate()
 
-    @ray.method(concurrency_group="control")
+    @control
     def stacks(self) -> str:
-        return self._stacks()
+        return all_stacks()
 
 
 def _server_args(config: Config) -> dict[str, object]:
@@ -86,7 +86,9 @@ class EngineGroup:
         self.processes = [
             Process(
                 f"engine-{i}",
-                EngineActor.options(**placement.options(bundles[0], role="engine")).remote(config, f"engine-{i}", logs),
+                actor(EngineActor)
+                .options(**placement.options(bundles[0], role="engine"))
+                .remote(config, f"engine-{i}", logs),
                 logs / f"engine-{i}.log",
             )
             for i, bundles in enumerate(placement.layout.engine_bundles)

@@ -56,6 +56,7 @@ def _load_prompts(config: Config) -> PromptData | None:
         tokenizer=data.load_tokenizer(config.ckpt.hf_checkpoint),
         max_prompt_len=flags.rollout_max_prompt_len,
         require_label=rollout.label_required(config),
+        require_tokens=flags.custom_generate_function_path is None,
     )
     if not prompts.prompts:
         raise DataError(

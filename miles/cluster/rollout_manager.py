@@ -35,9 +35,10 @@ from miles.observe import RunDir, open_process_log
 from miles.rollout import Rollout
 from miles.types import RolloutOutput
 
+from .actors import actor, all_stacks, control
 from .engine_group import EngineAddress
 from .placement import Placement
-from .waits import Process, StacksMixin, wait_for
+from .waits import Process, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,7 @@ class Generated:
     metrics: dict[str, float]
 
 
-@ray.remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)
-class RolloutManagerActor(StacksMixin):
+class RolloutManagerActor:
     """See the module's docstring. Async: rewards, requests and filters interleave in one event loop."""
 
     def __init__(self, config: Config, prompts: PromptData | None, run_dir: RunDir):
@@ -69,6 +69,7 @@ class RolloutManagerActor(StacksMixin):
         self._progress = (0, 0, 0)
         self._states: dict[int, dict[str, Any]] = {}
         self._rollout: Rollout | None = None
+        assert config.ckpt.hf_checkpoint is not None
         self.tokenizer = load_tokenizer(config.ckpt.hf_checkpoint)
         assert config.rollout.n_samples_per_prompt is not None
         self.source = (
@@ -164,15 +165,15 @@ class RolloutManagerActor(StacksMixin):
         if self._rollout is not None:
             await self._rollout.close()
 
-    @ray.method(concurrency_group="control")
+    @control
     async def progress(self) -> tuple[int, int, int]:
         """Groups done, groups wanted, tokens generated in the phase that runs."""
         return self._progress
 
-    @ray.method(concurrency_group="control")
+    @control
     async def stacks(self) -> str:
         tasks = "\n".join(str(t) for t in list(asyncio.all_tasks()))
-        return f"{self._stacks()}\n{tasks}"
+        return f"{all_stacks()}\n{tasks}"
 
 
 class RolloutManager:
@@ -182,7 +183,11 @@ class RolloutManager:
         self._limit_s = config.cluster.wait_timeout
         self._start_s = config.cluster.start_timeout
         env = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        handle = RolloutManagerActor.options(num_cpus=0, runtime_env={"env_vars": env}).remote(config, prompts, run_dir)
+        handle = (
+            actor(RolloutManagerActor)
+            .options(num_cpus=0, runtime_env={"env_vars": env})
+            .remote(config, prompts, run_dir)
+        )
         self.process = Process("rollout-manager", handle, run_dir.logs / "rollout-manager.log")
         self.on_progress = lambda done, total, tokens: None
 

@@ -26,15 +26,15 @@ from miles.trainers import make_trainer
 from miles.types import TrainBatch, WeightVersion
 from miles.weights import PublishStats, SharedMemoryTransport, publish
 
+from .actors import actor, all_stacks, control
 from .engine_group import EngineAddress
 from .placement import Placement
-from .waits import Process, StacksMixin, wait_for
+from .waits import Process, wait_for
 
 logger = logging.getLogger(__name__)
 
 
-@ray.remote(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)
-class TrainerActor(StacksMixin):
+class TrainerActor:
     """One rank. Its methods are called on all ranks together, in the same order."""
 
     def __init__(self, config: Config, rank: int, logs: Path):
@@ -92,9 +92,9 @@ class TrainerActor(StacksMixin):
     def save_hf(self, path: str) -> None:
         self.trainer.save_hf(path)
 
-    @ray.method(concurrency_group="control")
+    @control
     def stacks(self) -> str:
-        return self._stacks()
+        return all_stacks()
 
 
 # Not a method: one coroutine among its methods would make Ray run all of the actor's calls in an event loop.
@@ -134,9 +134,9 @@ class TrainerGroup:
         self.processes = [
             Process(
                 f"trainer-{rank}",
-                TrainerActor.options(**placement.options(bundle, role="actor"), runtime_env={"env_vars": env}).remote(
-                    config, rank, logs
-                ),
+                actor(TrainerActor)
+                .options(**placement.options(bundle, role="actor"), runtime_env={"env_vars": env})
+                .remote(config, rank, logs),
                 logs / f"trainer-{rank}.log",
             )
             for rank, bundle in enumerate(placement.layout.actor_bundles)

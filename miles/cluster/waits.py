@@ -7,9 +7,7 @@ nothing moves for too long says who was waited for, since when, and what the oth
 
 from __future__ import annotations
 
-import faulthandler
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,21 +29,11 @@ _STACKS_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """One actor of the run as the driver knows it. `handle` has a control method `stacks` (see `StacksMixin`)."""
+    """One actor of the run as the driver knows it. `handle` is an `actor` with a control method `stacks`."""
 
     name: str
     handle: Any
     log: Path
-
-
-class StacksMixin:
-    """Gives an actor `stacks()`, to be declared in a concurrency group of its own so that a busy actor answers."""
-
-    def _stacks(self) -> str:
-        with tempfile.TemporaryFile("w+") as f:
-            faulthandler.dump_traceback(f, all_threads=True)
-            f.seek(0)
-            return f.read()
 
 
 def wait_for(

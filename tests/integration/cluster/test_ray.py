@@ -13,7 +13,8 @@ import time, sys
 from pathlib import Path
 from miles.cluster.ray_cluster import ray_cluster, secure_environment
 secure_environment()
-from miles.cluster.waits import Process, StacksMixin, wait_for
+from miles.cluster.actors import actor, all_stacks, control
+from miles.cluster.waits import Process, wait_for
 import ray
 from miles.errors import *
 """
@@ -34,13 +35,13 @@ def test_waits_and_placement_on_a_private_cluster(tmp_path):
     out = run(
         f"""
         import os, psutil, tempfile
-        @ray.remote(concurrency_groups={{"control": 1}}, num_cpus=0)
-        class Busy(StacksMixin):
+        @actor
+        class Busy:
             def nap_in_a_named_function(self, s): time.sleep(s); return s
             def bad(self): raise EngineError("engine-7, got silence: it is a test; do nothing")
             def die(self): os._exit(3)
-            @ray.method(concurrency_group="control")
-            def stacks(self): return self._stacks()
+            @control
+            def stacks(self): return all_stacks()
 
         def expect(kind, f):
             started = time.monotonic()
@@ -54,15 +55,15 @@ def test_waits_and_placement_on_a_private_cluster(tmp_path):
         with ray_cluster(has_gpu=False):
             log = Path({str(tmp_path)!r}) / "x.log"
             log.write_text("last words")
-            a, b = (Process(n, Busy.remote(), log) for n in ("a", "b"))
+            a, b = (Process(n, Busy.options(num_cpus=0).remote(), log) for n in ("a", "b"))
             print("values", wait_for({{a: a.handle.nap_in_a_named_function.remote(0.2), b: b.handle.nap_in_a_named_function.remote(0)}}, what="naps", limit_s=30))
             expect(WaitTimeout, lambda: wait_for({{a: a.handle.nap_in_a_named_function.remote(6)}}, what="a nap", limit_s=1.0))
             expect(EngineError, lambda: wait_for({{a: a.handle.nap_in_a_named_function.remote(60), b: b.handle.bad.remote()}}, what="two", limit_s=30))
             expect(ProcessDied, lambda: wait_for({{b: b.handle.die.remote()}}, what="death", limit_s=30))
 
-            beats = iter(range(4))
-            c = Process("c", Busy.remote(), log)
-            print("progress", wait_for({{c: c.handle.nap_in_a_named_function.remote(2.5)}}, what="slow", limit_s=1.5, progress=lambda: next(beats, 9)))
+            beats = iter(range(10**6))
+            c = Process("c", Busy.options(num_cpus=0).remote(), log)
+            print("progress", wait_for({{c: c.handle.nap_in_a_named_function.remote(2.5)}}, what="slow", limit_s=1.5, progress=lambda: next(beats)))
 
             from miles.cluster.placement import Layout, place
             def many(n): return Layout(n, tuple(range(n)), (), False)

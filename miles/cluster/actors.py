@@ -1,0 +1,30 @@
+"""What every actor of a run has: no silent restarts, and a lane of its own for looking in while it is busy."""
+
+from __future__ import annotations
+
+import faulthandler
+import tempfile
+from typing import Any
+
+import ray
+
+#: Methods with `@control` run beside the actor's work, in a thread (or event loop) of their own.
+control: Any = ray.method(concurrency_group="control")
+
+
+def actor(cls: type) -> Any:
+    """Makes a Ray actor class of `cls`. One `async def` among its methods makes all of its calls run in an event loop.
+
+    An actor that dies stays dead: a restarted one would have lost its model, and the run would go on without it.
+    """
+    # Ray's overloads do not know concurrency groups, hence the Any.
+    decorate: Any = ray.remote
+    return decorate(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)(cls)
+
+
+def all_stacks() -> str:
+    """The Python stacks of all threads of this process."""
+    with tempfile.TemporaryFile("w+") as f:
+        faulthandler.dump_traceback(f, all_threads=True)
+        f.seek(0)
+        return f.read()
