@@ -58,7 +58,6 @@ class Sampling:
             "top_p": self.top_p,
             "top_k": self.top_k,
             "skip_special_tokens": self.skip_special_tokens,
-            "spaces_between_special_tokens": False,
             "sampling_seed": seed,
         }
         if self.max_response_tokens is not None:

@@ -117,6 +117,9 @@ def compare(answer: str, label: str, symbolic: Symbolic | None = None, *, depth:
         return False
     if a == b:
         return True
+    value_a, value_b = number(a), number(b)
+    if value_a is not None and value_b is not None:
+        return value_a == value_b
     if _is_choice(b):
         return a.strip("().") == b.strip("().")
     if (word := _word(label)) is not None:
@@ -132,10 +135,6 @@ def compare(answer: str, label: str, symbolic: Symbolic | None = None, *, depth:
         return False
     if (name_a or name_b or unit_a or unit_b) and depth < _MAX_DEPTH:
         return compare(answer, label, symbolic, depth=depth + 1)
-
-    value_a, value_b = number(a), number(b)
-    if value_a is not None and value_b is not None:
-        return value_a == value_b
     return symbolic(a, b) if symbolic is not None else None
 
 

@@ -74,3 +74,8 @@ def _obey(sample):
             if tries < 2:
                 raise ConnectionError("judge is busy")
     return 1.0
+
+
+def keep_some(args, samples, **kwargs):
+    """A filter that drops about a third of the groups, by what was generated."""
+    return sum(len(sample.tokens) for sample in samples) % 3 != 0

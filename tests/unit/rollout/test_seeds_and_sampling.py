@@ -40,7 +40,6 @@ def test_params_and_the_context_limit() -> None:
         "top_p": 0.9,
         "top_k": 20,
         "skip_special_tokens": False,
-        "spaces_between_special_tokens": False,
         "sampling_seed": 11,
         "max_new_tokens": 100,
         "stop": ["x"],
