@@ -72,7 +72,7 @@ class Engine:
             eos_token_ids=eos,
             on_fatal=self._on_fatal,
         )
-        info = EngineInfo(
+        self.info = EngineInfo(
             options=options,
             config=config,
             limits=Limits(
@@ -85,7 +85,7 @@ class Engine:
             dtype=DTYPE_NAMES[dtype],
             num_parameter_bytes=parameters.num_bytes,
         )
-        self._server = EngineServer(self.scheduler, tokenizer, info, token)
+        self._server = EngineServer(self.scheduler, tokenizer, self.info, token)
         self._options = options
         logger.info(
             "%s: %.1f MB of weights on %s as %s in %.2f s; %d rows, %d KV tokens, context %d",

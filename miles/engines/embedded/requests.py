@@ -232,7 +232,7 @@ def parse_sampling_params(raw: Any, limits: Limits) -> SamplingParams:
         skip_special_tokens=_flag(raw, "skip_special_tokens", True),
         no_stop_trim=_flag(raw, "no_stop_trim"),
         logit_bias=_logit_bias(raw.get("logit_bias"), limits),
-        sampling_seed=None if raw.get("sampling_seed") is None else _number(raw, "sampling_seed", int, 0),
+        sampling_seed=_number(raw, "sampling_seed", int, None, 0, 2**64 - 1),
     )
     if params.top_p == 0.0:
         raise RequestError("top_p, got 0: no token would be left; give a number in (0, 1]")

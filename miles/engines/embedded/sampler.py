@@ -34,12 +34,11 @@ class Sampler:
         self._batch, self._vocab_size, self._device = batch, vocab_size, device
         self._counts: torch.Tensor | None = None
 
-    def on_added(self, index: int) -> None:
-        """A row took place `index` of the batch."""
-        if self._batch.columns[index]["features"] & Feature.PENALTY:
-            if self._counts is None:
-                self._counts = torch.zeros(len(self._batch.columns), self._vocab_size, device=self._device)
-            self._counts[index] = 0
+    def reset_counts(self, index: int) -> None:
+        """A row with penalties took place `index` of the batch: it has generated nothing yet."""
+        if self._counts is None:
+            self._counts = torch.zeros(len(self._batch.columns), self._vocab_size, device=self._device)
+        self._counts[index] = 0
 
     def on_moved(self, moves: Moves) -> None:
         """Rows changed places."""

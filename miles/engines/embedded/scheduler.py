@@ -326,6 +326,7 @@ class Scheduler:
             prompt = self._prompts[row.prompt_key]
             sources.append(next(iter(prompt.rows)).index)
             targets.append(self._add(row, prompt))
+            self._hidden[targets[-1]] = prompt.hidden
             row.cached_tokens = len(row.input_ids)
             self.counters.shared_prompt_tokens += len(row.input_ids)
         self._cache.copy_rows(sources, targets, max(len(row.input_ids) for row in rows))
@@ -337,16 +338,13 @@ class Scheduler:
         for i, rows in enumerate(prompts):
             padded[i, : lengths[i]] = rows[0].input_ids
         sources = np.repeat(np.arange(len(prompts)), [len(rows) for rows in prompts])
-        hidden = self._model.prefill(
-            torch.as_tensor(padded, device=self._device),
-            self._cache,
-            self._batch.num_rows,
-            torch.as_tensor(sources, device=self._device),
-        )
+        first_row, places = self._batch.num_rows, torch.as_tensor(sources, device=self._device)
+        hidden = self._model.prefill(torch.as_tensor(padded, device=self._device), self._cache, first_row, places)
         self.counters.prefilled_tokens += int(lengths.sum())
         last = hidden[
             torch.arange(len(prompts), device=self._device), torch.as_tensor(lengths - 1, device=self._device)
         ]
+        self._hidden[first_row : first_row + len(sources)] = last[places]
         for i, rows in enumerate(prompts):
             prompt = self._prompts.setdefault(rows[0].prompt_key, _Prompt(last[i]))
             for j, row in enumerate(rows):
@@ -366,8 +364,8 @@ class Scheduler:
             stop_ids=() if p.ignore_eos else tuple(dict.fromkeys((*self._eos_token_ids, *p.stop_token_ids))),
         )
         prompt.rows.add(row)
-        self._hidden[index] = prompt.hidden
-        self._sampler.on_added(index)
+        if p.penalised:
+            self._sampler.reset_counts(index)
         return index
 
     def _score_prompt(self, row: Row, hidden: torch.Tensor) -> None:

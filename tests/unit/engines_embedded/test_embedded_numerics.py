@@ -1,0 +1,71 @@
+"""Against transformers, every family: greedy tokens, log-probs at T=1 and T=0.7, prompt log-probs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from .checkpoints import FAMILIES, VOCAB_SIZE, running_engine, save_checkpoint
+
+LENGTHS = (1, 3, 17, 31, 32, 33, 70)
+NEW_TOKENS = 40
+
+
+def _prompts() -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(3, VOCAB_SIZE, n).tolist() for n in LENGTHS]
+
+
+@torch.no_grad()
+def _reference_log_probs(model, ids: list[int], temperature: float) -> torch.Tensor:
+    """[len(ids) - 1] log-prob of each token but the first, by one plain forward pass."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pair(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    model = save_checkpoint(directory, request.param)
+    with running_engine(directory) as engine:
+        yield model, engine
+
+
+def test_greedy_tokens_equal_transformers_generate(pair):
+    model, engine = pair
+    params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    job = engine.generate(input_ids=_prompts(), sampling_params=params, return_logprob=True)
+    for prompt, row in zip(_prompts(), job.rows, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            eos_token_id=-1,
+        )[0, len(prompt) :]
+        assert row.output_ids.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_equal_transformers_forward(pair, temperature):
+    model, engine = pair
+    params = {"temperature": temperature, "max_new_tokens": NEW_TOKENS, "ignore_eos": True, "sampling_seed": 1}
+    job = engine.generate(input_ids=_prompts(), sampling_params=params, return_logprob=True, logprob_start_len=0)
+    for prompt, row in zip(_prompts(), job.rows, strict=True):
+        expected = _reference_log_probs(model, [*prompt, *row.output_ids.tolist()], temperature)
+        got = np.concatenate((row.input_log_probs, row.output_log_probs))
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-5, rtol=0)
+
+
+def test_bfloat16_stays_near_float32(tmp_path):
+    """The reduced types take another attention path; it must compute the same thing."""
+    model = save_checkpoint(tmp_path, "qwen3_tied")
+    with running_engine(tmp_path, dtype="bfloat16") as engine:
+        params = {"max_new_tokens": 20, "ignore_eos": True, "sampling_seed": 5}
+        row = engine.generate(input_ids=[5, 6, 7, 8], sampling_params=params, return_logprob=True).rows[0]
+    ids = [5, 6, 7, 8, *row.output_ids.tolist()]
+    expected = _reference_log_probs(model, ids, 1.0)[3:].numpy()
+    assert np.abs(row.output_log_probs - expected).mean() < 0.25
+    assert np.corrcoef(row.output_log_probs, expected)[0, 1] > 0.98

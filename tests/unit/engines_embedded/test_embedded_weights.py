@@ -1,0 +1,207 @@
+"""HF names over fused parameters, shared-memory segments, and when weights count as whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+import xxhash
+
+from miles.engines.embedded.model_config import ModelConfig
+from miles.engines.embedded.segment import TensorSpec, open_segment
+from miles.engines.embedded.weights import Parameters, WeightState
+from miles.errors import CheckpointError, WeightUpdateError
+
+from .checkpoints import FAMILIES, make_model, save_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def memfd(tensors: dict[str, torch.Tensor]):
+    """A sender's segment: yields (path, specs)."""
+    fd, offset, specs = os.memfd_create("miles-test"), 0, []
+    try:
+        for name, tensor in tensors.items():
+            os.pwrite(fd, bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data), offset)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raw = {"name": name, "dtype": dtype, "shape": list(tensor.shape), "offset": offset}
+            specs.append(TensorSpec.parse(raw))
+            offset += -(-tensor.numel() * tensor.element_size() // 64) * 64
+        yield f"/proc/{os.getpid()}/fd/{fd}", specs
+    finally:
+        os.close(fd)
+
+
+def _state_dict(model) -> dict[str, torch.Tensor]:
+    tied = model.config.tie_word_embeddings
+    return {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_hf_tensor_is_loaded_and_read_back(family, tmp_path):
+    model = save_checkpoint(tmp_path, family)
+    parameters = Parameters(ModelConfig.from_directory(tmp_path), CPU, torch.float32)
+    parameters.load_directory(tmp_path)
+    expected = _state_dict(model)
+    assert set(parameters.names) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(parameters.read(name), tensor), name
+        assert parameters.checksum(name) == xxhash.xxh3_64_hexdigest(tensor.contiguous().numpy().tobytes()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_tied"])
+def test_an_update_in_buckets_replaces_every_weight(family, dtype, tmp_path):
+    save_checkpoint(tmp_path, family)
+    parameters = Parameters(ModelConfig.from_directory(tmp_path), CPU, dtype)
+    parameters.load_directory(tmp_path)
+    state = WeightState(parameters, "0")
+    new = {k: v.to(dtype) for k, v in _state_dict(make_model(family, seed=1)).items()}
+    names = list(new)
+    for part in (names[::2], names[1::2]):
+        with pytest.raises(WeightUpdateError) if state.updating else _nothing():
+            state.finish("too early")
+        with memfd({name: new[name] for name in part}) as (path, specs):
+            checksums = state.load_bucket(path, specs)
+        assert state.updating
+        assert set(checksums) == set(part)
+    state.finish("1")
+    assert (state.version, state.updating) == ("1", False)
+    for name, tensor in new.items():
+        assert torch.equal(parameters.read(name), tensor), name
+    assert state.checksums()[names[1]] == checksums[names[1]]
+
+
+@contextmanager
+def _nothing():
+    yield
+
+
+@pytest.fixture
+def state(checkpoint):
+    parameters = Parameters(ModelConfig.from_directory(checkpoint), CPU, torch.float32)
+    parameters.load_directory(checkpoint)
+    return WeightState(parameters, "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "named"),
+    [
+        ("model.norm.weight", torch.zeros(33), "shape of model.norm.weight"),
+        ("model.norm.weight", torch.zeros(32, dtype=torch.bfloat16), "dtype of model.norm.weight"),
+        ("model.nrm.weight", torch.zeros(32), "no such parameter"),
+        ("lm_head.weight", torch.zeros(32), "its head is the embedding"),
+    ],
+)
+def test_a_bucket_that_does_not_fit_writes_nothing_and_needs_a_full_update(state, name, tensor, named):
+    before = state.checksums()
+    bucket = {"model.layers.0.input_layernorm.weight": torch.ones(32), name: tensor}
+    with memfd(bucket) as (path, specs), pytest.raises(WeightUpdateError, match=named):
+        state.load_bucket(path, specs)
+    assert state.checksums() == before
+    assert state.updating
+    with pytest.raises(WeightUpdateError, match="not sent"):
+        state.finish("1")
+
+
+def test_a_restarted_update_does_not_count_what_an_abandoned_one_wrote(state):
+    everything = _state_dict(make_model("qwen3_tied", seed=2))
+    first, rest = dict(list(everything.items())[:3]), dict(list(everything.items())[3:])
+    with memfd(first) as (path, specs):
+        state.load_bucket(path, specs)
+    state.restart()
+    with memfd(rest) as (path, specs):
+        state.load_bucket(path, specs)
+    with pytest.raises(WeightUpdateError, match=r"parameters: .* not sent"):
+        state.finish("1")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "/proc/self/fd/0", "/proc/1/fd/../environ", "/dev/shm/other", "/dev/shm/miles-../../etc/passwd",
+     "/proc/1/mem", "", "/dev/shm/miles-no-such-segment", f"/proc/{os.getpid()}/fd/99999"],
+)  # fmt: skip
+def test_only_the_senders_shared_memory_is_opened(path):
+    with pytest.raises(WeightUpdateError, match="segment"), open_segment(path, []):
+        pass
+
+
+def test_a_descriptor_that_is_not_shared_memory_is_refused(tmp_path):
+    file = tmp_path / "secret"
+    file.write_bytes(b"x" * 64)
+    handle = os.open(file, os.O_RDONLY)
+    read_end, write_end = os.pipe()
+    try:
+        for fd in (handle, read_end):
+            path = f"/proc/{os.getpid()}/fd/{fd}"
+            with pytest.raises(WeightUpdateError, match="not shared memory"), open_segment(path, []):
+                pass
+    finally:
+        for fd in (handle, read_end, write_end):
+            os.close(fd)
+
+
+def test_a_tensor_outside_the_segment_is_refused():
+    with memfd({"a": torch.zeros(16)}) as (path, _):
+        for offset, shape in ((0, [17]), (64, [1]), (4, [16])):
+            spec = TensorSpec.parse({"name": "a", "dtype": "float32", "shape": shape, "offset": offset})
+            with pytest.raises(WeightUpdateError, match="outside the segment"), open_segment(path, [spec]):
+                pass
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [3, {"name": 3}, {"name": "a", "dtype": "int8"}, {"name": "a", "dtype": "float32", "shape": "x"},
+     {"name": "a", "dtype": "float32", "shape": [-1], "offset": 0}, {"name": "a", "dtype": "float32", "shape": [1], "offset": 2},
+     {"name": "a", "dtype": "float32", "shape": [1], "offset": -4}, {"name": "a", "dtype": "float32", "shape": [1.0], "offset": 0}],
+)  # fmt: skip
+def test_malformed_specs_are_refused(raw):
+    with pytest.raises(WeightUpdateError):
+        TensorSpec.parse(raw)
+
+
+def test_named_segments_are_read_too():
+    path = f"/dev/shm/miles-test-{os.getpid()}"
+    with open(path, "wb") as file:
+        file.write(bytes(torch.arange(4.0).numpy().data))
+    try:
+        spec = TensorSpec.parse({"name": "a", "dtype": "torch.float32", "shape": [2, 2], "offset": 0})
+        with open_segment(path, [spec]) as tensors:
+            assert tensors[0].tolist() == [[0, 1], [2, 3]]
+    finally:
+        os.unlink(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"use_sliding_window": True, "sliding_window": 4}, "sliding_window"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_size": 64}, "config.json says"),
+        ({"num_hidden_layers": 3}, "missing"),
+        ({"num_hidden_layers": 1}, "no such parameter"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_computed_is_refused_by_name(change, named, tmp_path):
+    save_checkpoint(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    def load() -> None:
+        config = ModelConfig.from_directory(tmp_path)
+        config.inverse_frequencies(256)
+        Parameters(config, CPU, torch.float32).load_directory(tmp_path)
+
+    with pytest.raises(CheckpointError, match=named):
+        load()
+
+
+def test_a_directory_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        ModelConfig.from_directory(tmp_path)
