@@ -6,7 +6,6 @@ so that cache and sampler follow). What a row has generated stays in one place f
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +13,11 @@ import numpy as np
 from .requests import Row
 
 
-class Feature(enum.IntFlag):
-    """What a row needs beyond plain sampling at temperature 1; a step pays only for what some row needs."""
+class Feature:
+    """What a row needs beyond plain sampling at temperature 1; a step pays only for what some row needs.
+
+    Plain ints, or-ed together: arithmetic of enum flags is slow enough to show in a decode step.
+    """
 
     TEMPERATURE = 1
     GREEDY = 2
@@ -83,13 +85,13 @@ class Batch:
         return self.columns[: len(self.rows)]
 
     @property
-    def features(self) -> Feature:
+    def features(self) -> int:
         """Union over the rows in use."""
-        return Feature(int(np.bitwise_or.reduce(self.live["features"])))
+        return int(np.bitwise_or.reduce(self.live["features"]))
 
-    def having(self, feature: Feature) -> np.ndarray:
+    def having(self, feature: int) -> np.ndarray:
         """Numbers of the rows with that feature."""
-        return np.flatnonzero(self.live["features"] & int(feature))
+        return np.flatnonzero(self.live["features"] & feature)
 
     def add(self, row: Row, *, seed: int, max_new: int, stop_ids: tuple[int, ...]) -> int:
         """Appends a row whose prompt is in the cache; returns its number."""
@@ -100,14 +102,14 @@ class Batch:
         top_k = self._vocab_size if p.top_k < 0 else min(p.top_k, self._vocab_size)
         if not p.greedy and (top_k < self._vocab_size or p.top_p < 1.0 or p.min_p > 0.0):
             features |= Feature.FILTER
-        features |= Feature.PENALTY if p.penalised else Feature(0)
-        features |= Feature.BIAS if p.logit_bias else Feature(0)
-        features |= Feature.MIN_TOKENS if p.min_new_tokens and stop_ids else Feature(0)
-        features |= Feature.TEXT_STOP if p.stop or p.stop_regex else Feature(0)
-        features |= Feature.TOP_LOG_PROBS if row.top_logprobs_num else Feature(0)
+        features |= Feature.PENALTY if p.penalised else 0
+        features |= Feature.BIAS if p.logit_bias else 0
+        features |= Feature.MIN_TOKENS if p.min_new_tokens and stop_ids else 0
+        features |= Feature.TEXT_STOP if p.stop or p.stop_regex else 0
+        features |= Feature.TOP_LOG_PROBS if row.top_logprobs_num else 0
         slot, prompt_tokens = self._free_slots.pop(), len(row.input_ids)
         self.columns[index] = (
-            seed, 0, prompt_tokens, max_new, prompt_tokens + max_new, slot, _NO_TOKEN, int(features), p.min_new_tokens,
+            seed, 0, prompt_tokens, max_new, prompt_tokens + max_new, slot, _NO_TOKEN, features, p.min_new_tokens,
             top_k, p.temperature or 1.0, p.top_p, p.min_p,
             p.frequency_penalty, p.presence_penalty, p.repetition_penalty,
         )  # fmt: skip

@@ -62,7 +62,9 @@ class KVCache:
         self._rows, self._extent = fixed or (1, EXTENT_STEP)
         # One fp32 gemm per kv head beats the CPU's fused attention at decode sizes; elsewhere the fused one wins.
         self._use_bmm = device.type == "cpu" and dtype == torch.float32
-        self._slabs = [self._new_slab() for _ in range(config.num_layers)]
+        self._visible = torch.zeros((), device=device, dtype=dtype)
+        self._hidden = torch.full((), float("-inf"), device=device, dtype=dtype)
+        self._allocate()
 
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -92,12 +94,13 @@ class KVCache:
             new = self._new_slab()
             new[:, :kept_rows, :, :kept_extent] = old[:, :kept_rows, :, :kept_extent]
             self._slabs[i] = new
+        self._measure()
 
     def clear(self) -> None:
         """Gives the memory of a growing cache back."""
         if not self._fixed:
             self._rows, self._extent = 1, EXTENT_STEP
-            self._slabs = [self._new_slab() for _ in self._slabs]
+            self._allocate()
 
     def store(
         self, layer: int, first_row: int, sources: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -118,12 +121,8 @@ class KVCache:
         """For a step that appends one token to each of the first `B` rows. `lengths` [B]: tokens a row holds before it."""
         num_rows, kv_heads = len(lengths), self._config.num_kv_heads
         positions = torch.as_tensor(lengths, device=self._device)
-        rows = torch.arange(num_rows, device=self._device)
-        halves = torch.arange(2, device=self._device)
-        heads = torch.arange(kv_heads, device=self._device)
-        row_of_half = halves[None, :] * self._rows + rows[:, None]
-        head_of_row = row_of_half[:, :, None] * kv_heads + heads
-        targets = (head_of_row * self._extent + positions[:, None, None]).view(-1)
+        column = positions[:, None]
+        targets = (self._origins[:num_rows] + column).view(-1)
         if self._fixed:
             distinct, row_length = np.unique(lengths, return_inverse=True)
             own = np.array([self._own_extent(int(length) + 1) for length in distinct])
@@ -133,11 +132,11 @@ class KVCache:
             occupied = [min(round_extent(int(lengths.max()) + 1), self._extent)]
         groups = []
         for extent in occupied:
-            bias = torch.zeros(num_rows, 1, 1, extent, device=self._device, dtype=self._dtype)
-            hidden = torch.arange(extent, device=self._device) > positions[:, None]
-            bias.masked_fill_(hidden[:, None, None], float("-inf"))
+            bias = torch.where(self._range[:extent] <= column, self._visible, self._hidden)
             if self._use_bmm:
-                bias = bias.expand(num_rows, kv_heads, 1, extent).reshape(num_rows * kv_heads, 1, extent)
+                bias = bias[:, None].expand(num_rows, kv_heads, extent).reshape(num_rows * kv_heads, 1, extent)
+            else:
+                bias = bias[:, None, None]
             members = None
             if len(occupied) > 1:
                 members = torch.as_tensor(extent_of_row == extent, device=self._device)[:, None]
@@ -181,6 +180,18 @@ class KVCache:
         while extent < length:
             extent *= 2
         return min(extent, self._extent)
+
+    def _allocate(self) -> None:
+        self._slabs = [self._new_slab() for _ in range(self._config.num_layers)]
+        self._measure()
+
+    def _measure(self) -> None:
+        """What every plan needs of the slab's shape."""
+        heads = self._config.num_kv_heads
+        numbers = torch.arange(2 * self._rows * heads, device=self._device).view(2, self._rows, heads)
+        # [rows, 2 * kv_heads]: where position 0 of a row's keys and values is in the flat slab.
+        self._origins = (numbers * self._extent).transpose(0, 1).reshape(self._rows, 2 * heads)
+        self._range = torch.arange(self._extent, device=self._device)
 
     def _new_slab(self) -> torch.Tensor:
         c = self._config

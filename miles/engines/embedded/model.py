@@ -27,8 +27,8 @@ class DecoderModel:
         angles = torch.outer(torch.arange(context_length, dtype=torch.float32), frequencies)
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
         # rotate_half(x) * sin == roll(x, head_dim / 2) * (-sin, sin): one pass less.
-        self._cos = torch.cat((cos, cos), -1).to(parameters.device, parameters.dtype)
-        self._sin = torch.cat((-sin, sin), -1).to(parameters.device, parameters.dtype)
+        # One table [context_length, 2 * head_dim], so that a step looks up both at once.
+        self._rope = torch.cat((cos, cos, -sin, sin), -1).to(parameters.device, parameters.dtype)
 
     def prefill(self, token_ids: torch.Tensor, cache: KVCache, first_row: int, sources: torch.Tensor) -> torch.Tensor:
         """Runs right-padded prompts `[N, T]` and stores their keys and values.
@@ -40,8 +40,7 @@ class DecoderModel:
         c = self.config
         x = F.embedding(token_ids.view(-1), self.parameters.embedding)
         # Tables per token, [N * T, 1, head_dim].
-        cos = self._cos[:length].repeat(num_prompts, 1)[:, None]
-        sin = self._sin[:length].repeat(num_prompts, 1)[:, None]
+        cos, sin = self._rope[:length].repeat(num_prompts, 1)[:, None].chunk(2, -1)
         for i, layer in enumerate(self.parameters.layers):
             qkv = self._qkv(layer, x, cos, sin).view(num_prompts, length, -1, c.head_dim).transpose(1, 2)
             queries, keys, values = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
@@ -55,8 +54,8 @@ class DecoderModel:
     def decode(self, token_ids: torch.Tensor, cache: KVCache, plan: DecodePlan) -> torch.Tensor:
         """Feeds one token per row `[B]`; appends to the cache. Returns hidden `[B, H]`."""
         num_heads = self.config.num_heads
-        x = F.embedding(token_ids, self.parameters.embedding)
-        cos, sin = self._cos[plan.positions][:, None], self._sin[plan.positions][:, None]
+        x = self.parameters.embedding.index_select(0, token_ids)
+        cos, sin = self._rope.index_select(0, plan.positions)[:, None].chunk(2, -1)
         for i, layer in enumerate(self.parameters.layers):
             qkv = self._qkv(layer, x, cos, sin)
             cache.append(i, plan, qkv[:, num_heads:])

@@ -60,7 +60,7 @@ class Sampler:
                 truncate(probs, self._filters())
             tokens = draw(probs, self._to_device(uniforms(columns["seed"], columns["step"])))
             if features & Feature.GREEDY:
-                greedy = self._to_device(columns["features"] & int(Feature.GREEDY)) > 0
+                greedy = self._to_device(columns["features"] & Feature.GREEDY) > 0
                 tokens = torch.where(greedy, scores.argmax(-1), tokens)
         else:
             tokens = scores.argmax(-1)
@@ -70,7 +70,7 @@ class Sampler:
         num_rows = batch.num_rows
         return Sampled(tokens[:num_rows].cpu().numpy(), chosen[:num_rows].cpu().numpy(), top)
 
-    def _adjust(self, logits: torch.Tensor, features: Feature) -> None:
+    def _adjust(self, logits: torch.Tensor, features: int) -> None:
         batch = self._batch
         if features & Feature.PENALTY:
             rows = batch.having(Feature.PENALTY)
@@ -105,7 +105,7 @@ class Sampler:
             min_p=self._to_device(columns["min_p"].astype(np.float32)),
         )
 
-    def _count(self, tokens: torch.Tensor, features: Feature) -> None:
+    def _count(self, tokens: torch.Tensor, features: int) -> None:
         if features & Feature.PENALTY:
             assert self._counts is not None
             rows = self._to_device(self._batch.having(Feature.PENALTY))

@@ -321,10 +321,11 @@ class Scheduler:
 
     def _share(self, rows: Sequence[Row]) -> None:
         """Rows whose prompt a running row holds: copies its cache."""
-        sources, targets = [], []
+        # Chosen before any row is added: a newcomer's own cache holds nothing yet.
+        sources = [next(iter(self._prompts[row.prompt_key].rows)).index for row in rows]
+        targets = []
         for row in rows:
             prompt = self._prompts[row.prompt_key]
-            sources.append(next(iter(prompt.rows)).index)
             targets.append(self._add(row, prompt))
             self._hidden[targets[-1]] = prompt.hidden
             row.cached_tokens = len(row.input_ids)
