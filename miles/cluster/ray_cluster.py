@@ -1,8 +1,7 @@
 """Ray itself: start a private cluster, or join the one that RAY_ADDRESS names.
 
 A cluster that we start listens on loopback only, asks every client for a token made for this run, keeps its files in a
-directory of its own, and ends with the driver: Ray's processes are tied to the driver's life by the kernel, so that a
-SIGKILL leaves nothing behind.
+directory of its own, and ends with the driver: a guardian process sees to it that a SIGKILL leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -13,12 +12,15 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from . import guardian
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,14 @@ def ray_cluster(*, has_gpu: bool) -> Iterator[None]:
     _remove_leftovers()
     # Unix sockets below this directory allow about 100 characters: keep it short.
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    os.environ[guardian.MARK_VARIABLE] = mark = secrets.token_hex(16)
+    watch = subprocess.Popen(
+        [sys.executable, guardian.__file__, str(directory), mark, str(os.getpid())],
+        stdin=subprocess.PIPE,
+        # It must not find itself by its mark, nor die of the Ctrl-C that ends the driver.
+        env={k: v for k, v in os.environ.items() if k != guardian.MARK_VARIABLE},
+        start_new_session=True,
+    )
     try:
         ray.init(
             address="local",
@@ -74,7 +84,8 @@ def ray_cluster(*, has_gpu: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
+        del os.environ[guardian.MARK_VARIABLE]
+        watch.communicate()  # it ends what a clean shutdown left, and removes the directory
 
 
 def _remove_leftovers() -> None:
