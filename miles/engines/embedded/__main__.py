@@ -126,7 +126,10 @@ class Engine:
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    options = parse_options(sys.argv[1:])
+    try:
+        options = parse_options(sys.argv[1:])
+    except UserError as error:
+        return _refuse(error)
     logging.basicConfig(
         level=options.log_level.upper(),
         stream=sys.stderr,
@@ -137,8 +140,12 @@ def main() -> int:
     try:
         return asyncio.run(Engine(options, _token(options)).serve())
     except (UserError, OSError) as error:
-        print(f"miles-engine: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(error)
+
+
+def _refuse(error: Exception) -> int:
+    print(f"miles-engine: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _token(options: EngineOptions) -> str:

@@ -190,7 +190,7 @@ class KVCache:
         heads = self._config.num_kv_heads
         numbers = torch.arange(2 * self._rows * heads, device=self._device).view(2, self._rows, heads)
         # [rows, 2 * kv_heads]: where position 0 of a row's keys and values is in the flat slab.
-        self._origins = (numbers * self._extent).transpose(0, 1).reshape(self._rows, 2 * heads)
+        self._origins = (numbers * self._extent).transpose(0, 1).contiguous().view(self._rows, 2 * heads)
         self._range = torch.arange(self._extent, device=self._device)
 
     def _new_slab(self) -> torch.Tensor:

@@ -17,6 +17,7 @@ import logging
 import queue
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -47,6 +48,9 @@ PREFILL_TOKENS = 8192
 PREFILL_MIN_FILL = 0.75
 #: Positions whose prompt log-probs are computed at once: bounds the [positions, vocab] buffer.
 PROMPT_LOGITS_CHUNK = 256
+#: An idle engine starts when no request has come for this long, or after GATHER_LIMIT_S.
+ARRIVAL_GAP_S = 0.001
+GATHER_LIMIT_S = 0.01
 #: In a fixed batch the number of rows is a multiple of this, so that no row falls into a vector loop's scalar remainder.
 FIXED_ROWS_STEP = 32
 
@@ -251,6 +255,7 @@ class Scheduler:
             busy = self._batch.num_rows or (self._waiting and not self._paused)
             if not busy:
                 self._inbox.get()()
+                self._gather_arrivals()
             while not self._inbox.empty():
                 self._inbox.get()()
             if self._stopping or self._paused:
@@ -262,6 +267,15 @@ class Scheduler:
                     self._step()
             except Exception as error:
                 self._recover(error, admitted)
+
+    def _gather_arrivals(self) -> None:
+        """From idle, waits while requests keep coming: those of one rollout then start, and step, together."""
+        until = time.monotonic() + GATHER_LIMIT_S
+        while self._waiting and not self._paused and not self._stopping and time.monotonic() < until:
+            try:
+                self._inbox.get(timeout=ARRIVAL_GAP_S)()
+            except queue.Empty:
+                return
 
     def _reset(self) -> None:
         """An empty batch."""

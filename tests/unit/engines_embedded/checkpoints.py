@@ -37,7 +37,6 @@ _SHAPE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT_LENGTH,
-    "initializer_range": 0.3,  # far from uniform: wrong arithmetic shows
     "eos_token_id": EOS,
     "bos_token_id": None,
     "pad_token_id": 0,
@@ -58,14 +57,25 @@ FAMILIES: dict[str, Any] = {
     "llama_biased_llama3_rope": lambda: LlamaConfig(
         **_SHAPE, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3_ROPE
     ),
-    "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=None, head_dim=8),
+    "mistral_every_head_its_own_kv": lambda: MistralConfig(
+        **_SHAPE | {"num_key_value_heads": 4}, sliding_window=None, head_dim=8
+    ),
+    "qwen2_one_kv_head": lambda: Qwen2Config(**_SHAPE | {"num_key_value_heads": 1}, tie_word_embeddings=True),
 }
 
 
-def make_model(family: str, seed: int = 0) -> PreTrainedModel:
+#: Sharp distributions: rows differ, answers end at different times. Float32 rounding reaches some 1e-5 in a log-prob.
+SHARP = 0.3
+#: Logits up to about 8, as trained models have them; float32 rounding stays below 5e-6.
+WELL_CONDITIONED = 0.15
+
+
+def make_model(family: str, seed: int = 0, initializer_range: float = SHARP) -> PreTrainedModel:
     """A random model in eval mode; norms and biases are random too, so that none can be left out unseen."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    config = FAMILIES[family]()
+    config.initializer_range = initializer_range
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "layernorm.weight")):
@@ -89,8 +99,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_checkpoint(directory: Path, family: str = "qwen3_tied", seed: int = 0) -> PreTrainedModel:
-    model = make_model(family, seed)
+def save_checkpoint(
+    directory: Path, family: str = "qwen3_tied", seed: int = 0, initializer_range: float = SHARP
+) -> PreTrainedModel:
+    model = make_model(family, seed, initializer_range)
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return model

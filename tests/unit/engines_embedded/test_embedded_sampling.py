@@ -37,7 +37,9 @@ def test_uniforms_are_uniform_and_uncorrelated():
 def test_derived_seeds_are_distinct_and_fixed():
     derived = {derive_seed(seed, row) for seed in range(50) for row in range(50)}
     assert len(derived) == 2500
-    assert derive_seed(7, 3) == derive_seed(7, 3)
+    # Fixed for good: a change would make old runs irreproducible.
+    assert derive_seed(7, 3) == 16292704262132694875
+    assert uniforms(np.array([7], np.uint64), np.array([3]))[0] == 0.8832292678334053
     assert all(0 <= seed < 2**64 for seed in derived)
 
 
