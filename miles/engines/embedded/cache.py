@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .model_config import ModelConfig
 
 #: Extents are multiples of this, so that a growing row does not change the shape at every token.
-EXTENT_STEP = 32
+EXTENT_STEP = 16
 
 
 @dataclass(frozen=True)

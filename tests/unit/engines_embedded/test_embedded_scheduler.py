@@ -82,7 +82,7 @@ def test_requests_beyond_the_batch_wait_their_turn(checkpoint):
 
 def test_requests_beyond_the_cache_wait_and_are_served(checkpoint):
     with running_engine(checkpoint, max_total_tokens=128, max_running_requests=16) as engine:
-        params = {"max_new_tokens": 40, "ignore_eos": True}  # 43 tokens take 64: two rows fit
+        params = {"max_new_tokens": 40, "ignore_eos": True}  # 43 tokens take 48: two rows fit
         futures = [engine.submit(input_ids=[4, 5, i], sampling_params=params) for i in range(3, 9)]
         _wait_until(lambda: _stats(engine)["decode_steps"] > 5)
         assert _stats(engine)["num_running_reqs"] <= 2
