@@ -27,16 +27,14 @@ _GRACE_S = 2.0
 _LIMIT_S = 30.0
 
 
-def members(directory: str, mark: str) -> Iterator[psutil.Process]:
-    """Processes of this user that belong to the run, the caller excepted."""
-    me = psutil.Process()
+def members(directory: str, mark: str, driver: int) -> Iterator[psutil.Process]:
+    """Processes of this user that belong to the run, except for the driver, which may be waiting for us to finish."""
+    user = os.getuid()
     for process in psutil.process_iter():
         try:
-            if (
-                process.pid == me.pid
-                or process.uids().real != me.uids().real
-                or process.status() == psutil.STATUS_ZOMBIE
-            ):
+            if process.pid in (os.getpid(), driver) or process.uids().real != user:
+                continue
+            if process.status() == psutil.STATUS_ZOMBIE:
                 continue
             marked = process.environ().get(MARK_VARIABLE) == mark
             if marked or any(f.path.startswith(directory + os.sep) for f in process.open_files()):
