@@ -186,7 +186,7 @@ class App:
                 self.trainers.save(ckpt.save, step, state)
         if ckpt.save_hf is not None:
             with self._phase("save_hf", step):
-                self.trainers.save_hf(ckpt.save_hf.format(rollout_id=step - 1, step=step))
+                self.trainers.save_hf(ckpt.save_hf.format(rollout_id=step - 1))
 
     # ------------------------------------------------------------------------------------------------- end
 

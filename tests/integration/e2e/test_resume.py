@@ -23,7 +23,7 @@ def test_stopped_and_continued_equals_never_stopped(task, tmp_path):
             save=tmp_path / name / "ckpt",
             load=tmp_path / name / "ckpt",
             save_interval=2,
-            save_hf=str(tmp_path / name / "hf-{step}"),
+            save_hf=str(tmp_path / name / "hf-{rollout_id}"),
             # Surplus groups go back to the buffer, so that the checkpoint has one to carry.
             over_sampling_batch_size=12,
             eval_interval=2,
@@ -43,7 +43,7 @@ def test_stopped_and_continued_equals_never_stopped(task, tmp_path):
         assert {k: v for k, v in a.items() if not k.startswith(TIMED)} == {
             k: v for k, v in b.items() if not k.startswith(TIMED)
         }
-    first, second = (load_file(tmp_path / name / "hf-4" / "model.safetensors") for name in ("whole", "parts"))
+    first, second = (load_file(tmp_path / name / "hf-3" / "model.safetensors") for name in ("whole", "parts"))
     start = load_file(task / "model" / "model.safetensors")
     assert first.keys() == second.keys() == start.keys()
     for name in first:
