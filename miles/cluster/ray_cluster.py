@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def ray_cluster(*, has_gpu: bool) -> Iterator[None]:
         start_new_session=True,
     )
     try:
+        on_terminate = signal.getsignal(signal.SIGTERM)
         ray.init(
             address="local",
             _node_ip_address="127.0.0.1",
@@ -81,6 +83,8 @@ def ray_cluster(*, has_gpu: bool) -> Iterator[None]:
             logging_level=logging.ERROR,
             _temp_dir=str(directory),
         )
+        # Ray puts a handler of its own in the place of the driver's, which would end it without a word.
+        signal.signal(signal.SIGTERM, on_terminate)
         yield
     finally:
         ray.shutdown()
