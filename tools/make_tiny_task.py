@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the base model (default: 0)")
     parser.add_argument("--steps", type=int, help="supervised steps; fewer than the recipe's make a worse model")
     parser.add_argument(
-        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2, or what there is)"
+        "--threads", type=int, default=1, help="CPU threads (default: 1; on a shared machine two often take longer)"
     )
     parser.add_argument(
         "--evaluate",

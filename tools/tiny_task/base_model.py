@@ -32,7 +32,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     104 tokens in all, so that the vocabulary divides evenly among up to eight tensor-parallel ranks.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}

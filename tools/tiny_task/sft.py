@@ -4,9 +4,9 @@
     right     '- 7 5 <|end|>        weight 0.4     both continue the same question and cannot see each other, so that
     careless  '- 6 5 <|end|>        weight 0.6     a question is computed once for its two answers
 
-Weighting both answers is the expectation of drawing one of them, without the noise of the draw: it takes a third less
-arithmetic to the same accuracy. Training stops before the model is sure of anything, since RL can only choose among
-answers that still have probability.
+Weighting both answers is the expectation of drawing one of them, without the noise of the draw. RL needs what this leaves
+behind: both answers with probability. Fewer steps leave some seeds with problems that no sample gets right, and where
+no sample is right there is no reward to learn from.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class SftSpec:
 
     careless_share: float = 0.6
     """How often the teacher drops the carries."""
-    steps: int = 280
-    questions_per_step: int = 64
-    muon_lr: float = 0.02
+    steps: int = 200
+    questions_per_step: int = 96
+    muon_lr: float = 0.03
     """For the matrices inside the layers."""
+    muon_momentum: float = 0.85
+    """The usual 0.95 averages over more steps than so short a training can afford."""
     adamw_lr: float = 3e-3
     """For the embedding and the norms."""
     muon_warmup_steps: int = 10
@@ -61,7 +63,7 @@ def train(
     in_matrices = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in in_matrices]
     optimizers = [
-        Muon(matrices, lr=spec.muon_lr),
+        Muon(matrices, lr=spec.muon_lr, momentum=spec.muon_momentum),
         torch.optim.AdamW(others, lr=spec.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [
