@@ -77,6 +77,9 @@ def _model(draft: Draft) -> None:
             draft.problems.append(
                 Problem(flag, show(given), why, f"leave {flag} out, or give the checkpoint it describes")
             )
+        if name == "max_position_embeddings" and given is not None and given > value:
+            why = f"{directory}/config.json says that the model knows {value}, and engines serve no more"
+            draft.problems.append(Problem("--max-position-embeddings", given, why, f"give at most {value}"))
         draft.fill(name, value, source)
 
 
@@ -147,6 +150,7 @@ def _schedule(draft: Draft) -> None:
 def _ranks(draft: Draft) -> None:
     v, machine = draft.values, draft.platform
     if machine.has_gpu:
+        draft.fill("actor_num_gpus_per_node", v["num_gpus_per_node"], "--num-gpus-per-node")
         draft.fill("actor_num_gpus_per_node", 8, "the GPU machine")
     draft.fill("actor_num_gpus_per_node", 1, "the CPU machine")
     actors = v["actor_num_nodes"] * v["actor_num_gpus_per_node"]

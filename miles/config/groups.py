@@ -55,7 +55,7 @@ class ModelArgs:
     make_vocab_size_divisible_by: int | None = None
     """Pads the vocabulary to a multiple of this times TP; 128 on GPU, 1 on CPU."""
     seq_length: int | None = None
-    """Longest training sequence in tokens."""
+    """Longest training sequence in tokens; an error where --rollout-max-context-len allows longer ones."""
     max_position_embeddings: int | None = None
     """Longest position the model knows."""
     spec: tuple[str, ...] | None = None
@@ -301,7 +301,7 @@ class ClusterArgs:
     actor_num_gpus_per_node: int | None = None
     """Trainer GPUs (ranks, without a GPU) per node; 8 on GPU, 1 on CPU."""
     num_gpus_per_node: int | None = None
-    """GPUs of a node as engines see it; found from the cluster."""
+    """Most GPUs (ranks, without a GPU) that a node holds of this run; unset, what the cluster's nodes have."""
     colocate: bool = False
     """Engines and trainer share the same GPUs."""
     train_backend: Literal["megatron"] = "megatron"

@@ -206,6 +206,26 @@ def std_needs_group_baseline(facts: Facts) -> Iterator[Problem]:
     )
 
 
+def tools_need_template(facts: Facts) -> Iterator[Problem]:
+    yield from _needs(
+        facts,
+        ("tool_key",),
+        unless=facts.config.rollout.apply_chat_template,
+        why="tool specs enter a prompt through the chat template alone",
+        fix="add --apply-chat-template, or leave it out",
+    )
+
+
+def adam_flags_need_adam(facts: Facts) -> Iterator[Problem]:
+    yield from _needs(
+        facts,
+        ("adam_beta1", "adam_beta2", "adam_eps"),
+        unless=facts.config.optimizer.optimizer == "adam",
+        why=f"--optimizer {facts.config.optimizer.optimizer} has no such thing",
+        fix="add --optimizer adam, or leave it out",
+    )
+
+
 def eval_flags_need_data(facts: Facts) -> Iterator[Problem]:
     evaluation = facts.config.eval
     names = ("eval_interval", "n_samples_per_eval_prompt", "eval_temperature", "eval_top_p", "eval_top_k")
@@ -370,6 +390,13 @@ def warm_up_ends_before_decay(facts: Facts) -> Iterator[Problem]:
         yield Problem("--lr-warmup-iters", warmup, why, f"give less than {decay}")
 
 
+def warm_up_is_a_part(facts: Facts) -> Iterator[Problem]:
+    fraction = facts.config.optimizer.lr_warmup_fraction
+    if fraction == 1:
+        why = "the warm-up would take the whole schedule, so the rate would never reach --lr"
+        yield Problem("--lr-warmup-fraction", show(fraction), why, "give less than 1")
+
+
 def decay_goes_down(facts: Facts) -> Iterator[Problem]:
     optimizer = facts.config.optimizer
     if optimizer.min_lr > optimizer.lr:
@@ -412,6 +439,31 @@ def eval_responses_fit_context(facts: Facts) -> Iterator[Problem]:
             why = f"no response of {dataset.name} can be longer than its context of {context}"
             fix = f"give at most {context}, or raise --rollout-max-context-len or the dataset's max_context_len"
             yield Problem("--eval-max-response-len", response, why, fix)
+
+
+def eval_contexts_fit(facts: Facts) -> Iterator[Problem]:
+    if not _eval_can_be_read(facts):
+        return
+    model, engine = facts.config.model.max_position_embeddings, facts.config.sglang.sglang_args.get("context_length")
+    limits = [("the model knows {} positions", model), ("the engines' limit is --sglang-context-length {}", engine)]
+    for dataset in eval_datasets(facts.config):
+        for why, limit in limits:
+            if dataset.max_context_len is not None and isinstance(limit, int) and dataset.max_context_len > limit:
+                what = f"max_context_len of evaluation {dataset.name}"
+                yield Problem(what, dataset.max_context_len, why.format(limit), f"give at most {limit}")
+
+
+def nodes_hold_their_ranks(facts: Facts) -> Iterator[Problem]:
+    cluster, sglang = facts.config.cluster, facts.config.sglang
+    limit = cluster.num_gpus_per_node
+    if limit is None:
+        return
+    why = f"a node has --num-gpus-per-node {limit}"
+    if cluster.actor_num_gpus_per_node is not None and cluster.actor_num_gpus_per_node > limit:
+        yield Problem("--actor-num-gpus-per-node", cluster.actor_num_gpus_per_node, why, f"give at most {limit}")
+    if sglang.rollout_num_gpus_per_engine > limit:
+        fix = f"give at most {limit}: an engine lives on one node"
+        yield Problem("--rollout-num-gpus-per-engine", sglang.rollout_num_gpus_per_engine, why, fix)
 
 
 def engines_divide_gpus(facts: Facts) -> Iterator[Problem]:
@@ -563,6 +615,8 @@ RULES: tuple[Rule, ...] = (
     constant_length_needs_constant,
     token_budget_needs_dynamic,
     chat_template_kwargs_need_template,
+    tools_need_template,
+    adam_flags_need_adam,
     std_needs_group_baseline,
     eval_flags_need_data,
     eval_data_needs_interval,
@@ -583,10 +637,13 @@ RULES: tuple[Rule, ...] = (
     tis_bounds_are_ordered,
     one_warm_up,
     warm_up_ends_before_decay,
+    warm_up_is_a_part,
     decay_goes_down,
     eval_pairs,
     eval_datasets_read,
     eval_responses_fit_context,
+    eval_contexts_fit,
+    nodes_hold_their_ranks,
     engines_divide_gpus,
     colocated_gpus_are_the_trainers,
     nccl_needs_gpu,

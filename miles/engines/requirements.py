@@ -35,6 +35,15 @@ def check(config: Config) -> list[Problem]:
                 "leave it at 1; --rollout-num-gpus makes more engines",
             )
         )
+    if config.model.rotary_percent not in (None, 1.0):
+        problems.append(
+            Problem(
+                "--rotary-percent",
+                config.model.rotary_percent,
+                "the embedded engine rotates whole heads",
+                "choose a checkpoint without partial_rotary_factor",
+            )
+        )
     if flags.sglang_server_concurrency < 1:
         problems.append(
             Problem(

@@ -128,6 +128,10 @@ def test_planned_families_are_not_built_ones() -> None:
         (["--hidden-size", "64"], "--hidden-size, got 64: {d}/config.json says 128"),
         (["--no-swiglu"], "--swiglu, got false: {d}/config.json says true"),
         (["--norm-epsilon", "1e-5"], "--norm-epsilon, got 1e-05: {d}/config.json says 1e-06"),
+        (
+            ["--max-position-embeddings", "65"],
+            "--max-position-embeddings, got 65: {d}/config.json says that the model knows 64",
+        ),
         (["--normalization", "LayerNorm"], "--normalization, got LayerNorm: {d}/config.json says RMSNorm"),
     ],
 )

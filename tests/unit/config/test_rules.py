@@ -160,6 +160,17 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"rollout_stop_token_ids": [30], "vocab_size": 24},
         "--rollout-stop-token-ids, got 30: the vocabulary has 24 tokens",
     ),
+    ({"tool_key": "functions"}, "--tool-key, got functions: tool specs enter a prompt through the chat template alone"),
+    ({"optimizer": "sgd", "adam_beta2": 0.9}, "--adam-beta2, got 0.9: --optimizer sgd has no such thing; add"),
+    ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction, got 1: the warm-up would take the whole schedule"),
+    (
+        {"num_gpus_per_node": 2, "actor_num_gpus_per_node": 4},
+        "--actor-num-gpus-per-node, got 4: a node has --num-gpus-per-node 2; give at most 2",
+    ),
+    (
+        {"num_gpus_per_node": 1, "rollout_num_gpus_per_engine": 2},
+        "--rollout-num-gpus-per-engine, got 2: a node has --num-gpus-per-node 1; give at most 1",
+    ),
     ({"sglang_args": {"quantization": "fp8"}}, "--sglang-quantization, got fp8: it would change samples"),
 ]
 
@@ -211,6 +222,28 @@ def test_eval_pairs_and_file_exclude_each_other(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("datasets: [{name: a, path: p}]")
     with pytest.raises(ConfigError, match=r"--eval-config .*e.yaml names the datasets; give one of the two"):
         make_config(eval_prompt_data=["a", "p"], eval_config=str(tmp_path / "e.yaml"), eval_interval=1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "why"),
+    [
+        ({"max_position_embeddings": 64}, "the model knows 64 positions; give at most 64"),
+        (
+            {"rollout_max_context_len": 64, "sglang_args": {"context_length": 64}},
+            "the engines' limit is --sglang-context-length 64; give at most 64",
+        ),
+    ],
+)
+def test_no_evaluation_has_a_longer_context_than_the_engines(tmp_path: Path, limit: dict[str, Any], why: str) -> None:
+    def config(tokens: int) -> None:
+        text = f"datasets: [{{name: a, path: p, max_context_len: {tokens}, max_response_len: 8}}]"
+        (tmp_path / "e.yaml").write_text(text)
+        make_config(eval_config=str(tmp_path / "e.yaml"), eval_interval=1, **limit)
+
+    config(64)
+    with pytest.raises(ConfigError) as caught:
+        config(65)
+    assert str(caught.value) == f"max_context_len of evaluation a, got 65: {why}"
 
 
 def test_rules_have_names_of_their_own() -> None:

@@ -30,6 +30,7 @@ def test_the_defaults_are_fine():
             "--rollout-engine, got sglang: SGLang servers are not built yet; use",
         ),
         ("sglang", {"rollout_num_gpus_per_engine": 2}, "--rollout-num-gpus-per-engine, got 2: "),
+        ("model", {"rotary_percent": 0.5}, "--rotary-percent, got 0.5: "),
         ("sglang", {"sglang_server_concurrency": 0}, "--sglang-server-concurrency, got 0: "),
         ("sglang", {"sglang_request_timeout": 0.0}, "--sglang-request-timeout, got 0.0: "),
         ("cluster", {"update_weight_buffer_size": 0}, "--update-weight-buffer-size, got 0: "),
