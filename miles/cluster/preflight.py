@@ -40,11 +40,14 @@ def preflight(config: Config) -> Prepared:
 
 
 def _load_prompts(config: Config) -> PromptData | None:
+    """The training prompts, once those of the evaluations were found to be in order."""
     if config.debug.debug_train_only:
         return None
     flags = config.rollout
     assert flags.prompt_data is not None
     assert config.ckpt.hf_checkpoint is not None
+    tokenizer = data.load_tokenizer(config.ckpt.hf_checkpoint)
+    rollout.load_eval_prompts(config, tokenizer)  # the rollout manager reads them again; here it costs no process
     prompts = data.load_prompts(
         flags.prompt_data,
         input_key=flags.input_key,
@@ -53,7 +56,7 @@ def _load_prompts(config: Config) -> PromptData | None:
         tool_key=flags.tool_key,
         apply_chat_template=flags.apply_chat_template,
         apply_chat_template_kwargs=flags.apply_chat_template_kwargs,
-        tokenizer=data.load_tokenizer(config.ckpt.hf_checkpoint),
+        tokenizer=tokenizer,
         max_prompt_len=flags.rollout_max_prompt_len,
         require_label=rollout.label_required(config),
         require_tokens=flags.custom_generate_function_path is None,

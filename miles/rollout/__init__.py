@@ -2,7 +2,7 @@
 
     DataSource --groups--> GroupRollout --samples--> engines --text, tokens, log-probs--> rewards --> filter --> RolloutOutput
 
-`Rollout` is what the cluster builds; `check` and `label_required` serve the preflight.
+`Rollout` is what the cluster builds; `check`, `label_required` and `load_eval_prompts` serve the preflight.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .eval_prompts import load_eval_prompts
     from .evaluate import EvalOutput
     from .preflight import check, label_required
     from .rollout import Rollout
 
-__all__ = ["EvalOutput", "Rollout", "check", "label_required"]
+__all__ = ["EvalOutput", "Rollout", "check", "label_required", "load_eval_prompts"]
 
 # Reward workers import this package too and must start quickly, so the parts are loaded when they are asked for.
-_HOMES = {"Rollout": "rollout", "EvalOutput": "evaluate", "check": "preflight", "label_required": "preflight"}
+_HOMES = {
+    "Rollout": "rollout",
+    "EvalOutput": "evaluate",
+    "check": "preflight",
+    "label_required": "preflight",
+    "load_eval_prompts": "eval_prompts",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from miles.config import Config, eval_datasets, load_hook
-from miles.data.prompts import load_prompts
-from miles.errors import DataError
+from miles.config import Config, load_hook
 from miles.interfaces import Args, DataSource
 from miles.types import RolloutOutput
 
 from .context import Runtime, find_eos_token_ids
+from .eval_prompts import load_eval_prompts
 from .evaluate import EvalOutput, Evaluator
 from .filters import GroupFilter
 from .groups import GroupRunner
 from .loop import GroupRollout, Progress, stall_limit_s
-from .preflight import dataset_label_required, hook_flags
+from .preflight import hook_flags
 from .reward_setup import reward_pool
 from .rewards import remote
 from .rewards.scorer import Scorer
@@ -75,29 +74,7 @@ class Rollout:
             stall_limit_s=stall_limit_s(config),
             on_progress=lambda done, total, tokens: self.on_progress(done, total, tokens),
         )
-        self._evaluator = Evaluator(self._runtime, runner, [(d, self._load(d)) for d in eval_datasets(config)])
-
-    def _load(self, dataset: Any) -> Any:
-        """The prompts of one evaluation data set."""
-        data = load_prompts(
-            dataset.path,
-            input_key=dataset.input_key,
-            label_key=dataset.label_key,
-            metadata_key=dataset.metadata_key,
-            tool_key=dataset.tool_key,
-            apply_chat_template=dataset.apply_chat_template,
-            apply_chat_template_kwargs=self._config.rollout.apply_chat_template_kwargs,
-            tokenizer=self._runtime.tokenizer,
-            max_prompt_len=dataset.max_prompt_len,
-            require_label=dataset_label_required(self._config, dataset),
-            require_tokens=self._config.rollout.custom_generate_function_path is None,
-        )
-        if not data.prompts:
-            raise DataError(
-                f"evaluation {dataset.name}, got no prompt from {dataset.path} ({data.skipped} too long): "
-                "give a file with prompts, or raise max_prompt_len"
-            )
-        return data.prompts
+        self._evaluator = Evaluator(self._runtime, runner, load_eval_prompts(config, self._runtime.tokenizer))
 
     async def generate(self, rollout_id: int) -> RolloutOutput:
         """Training rollout `rollout_id`; see `loop.GroupRollout`."""

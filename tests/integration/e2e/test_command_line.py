@@ -45,6 +45,13 @@ def test_print_config_says_where_each_value_came_from(task):
     assert "config.json" in done.stdout
 
 
+def test_an_evaluation_row_without_a_label_is_found_before_anything_starts(task, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2="}\n')
+    done = command(*flags(task, eval_prompt_data=["bad", tmp_path / "bad.jsonl"], eval_interval=1, dry_run=True))
+    assert done.returncode == 2, done.stdout
+    assert f"{tmp_path}/bad.jsonl:2, got None in 'label'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
