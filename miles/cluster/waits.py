@@ -1,7 +1,7 @@
 """Every wait of the driver on another process: named, bounded, attributed.
 
 `Process` is a Ray actor with a name, a log, and a way to show its stacks while it is busy. `wait_for` returns when all
-calls are answered, raises the first error of any of them at once (the others may be hanging because of it), and when
+calls are answered, raises soon after the first error of any of them (the others may be hanging because of it), and when
 nothing moves for too long says who was waited for, since when, and what the other side was doing.
 """
 
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 #: How often the driver looks at a long wait: for progress, and to notice that nothing moves.
 _POLL_S = 0.25
+#: After the first error, how long others may take to fail as well: a rank's "connection closed by peer" arrives before
+#: the news that the peer was killed, which is the error worth reading.
+_BLAME_S = 1.0
 #: How long a process may take to show its stacks before it counts as frozen.
 _STACKS_TIMEOUT_S = 5.0
 
@@ -45,8 +48,10 @@ def wait_for(
 ) -> list[Any]:
     """The results of `calls` in order.
 
-    `limit_s` bounds the time without any change: a call answered, or another value of `progress()`.
-    Raises what a process raised (our own errors unchanged), `ProcessDied`, or `WaitTimeout`.
+    `limit_s` bounds the time without any change: a call answered, or another value of `progress()`, where None says
+    nothing.
+    Raises `ProcessDied`, what a process raised (our own errors unchanged), or `WaitTimeout`; of several failures the one
+    that explains the others.
     """
     started = changed = time.monotonic()
     pending = {ref: process for process, ref in calls.items()}
@@ -55,11 +60,15 @@ def wait_for(
     while pending:
         done, _ = ray.wait(list(pending), num_returns=1, timeout=min(limit_s, _POLL_S if progress else 5.0))
         for ref in done:
-            results[ref] = _result(ref, pending.pop(ref), what)
+            try:
+                results[ref] = _result(ref, pending[ref], what)
+            except Exception as error:
+                raise _cause(error, pending, what) from None
+            del pending[ref]
         now = time.monotonic()
         if done:
             changed = now
-        elif progress is not None and (value := progress()) != seen:
+        elif progress is not None and (value := progress()) is not None and value != seen:
             seen, changed = value, now
         if pending and now - changed > limit_s:
             raise WaitTimeout(_report(list(pending.values()), what, now - started, now - changed))
@@ -81,6 +90,22 @@ def _result(ref: ray.ObjectRef, process: Process, what: str) -> Any:
         ) from None
 
 
+def _cause(first: Exception, pending: Mapping[ray.ObjectRef, Process], what: str) -> Exception:
+    """Of the failures that follow within a moment of `first`: a death, else an error that was raised on purpose, else
+    `first`."""
+    if isinstance(first, ProcessDied):
+        return first
+    failures = [first]
+    done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_BLAME_S)
+    for ref in done:
+        try:
+            _result(ref, pending[ref], what)
+        except Exception as error:
+            failures.append(error)
+    # Stable: among equals the first to arrive.
+    return min(failures, key=lambda e: 0 if isinstance(e, ProcessDied) else 1 if isinstance(e, MilesError) else 2)
+
+
 def _report(processes: Sequence[Process], what: str, waited_s: float, still_s: float) -> str:
     names = ", ".join(p.name for p in processes)
     since = time.strftime("%H:%M:%S", time.localtime(time.time() - waited_s))
@@ -88,9 +113,12 @@ def _report(processes: Sequence[Process], what: str, waited_s: float, still_s: f
         f"wait for {what}, got nothing new from {names} for {still_s:.0f} s (waiting since {since}): "
         f"it hangs, or --wait-timeout is too short for this run; the stacks of the other side follow"
     ]
-    for process in processes:
+    # Asked all at once: frozen ones cost one time limit together.
+    asked = [process.handle.stacks.remote() for process in processes]
+    ray.wait(asked, num_returns=len(asked), timeout=_STACKS_TIMEOUT_S)
+    for process, ref in zip(processes, asked, strict=True):
         try:
-            stacks = ray.get(process.handle.stacks.remote(), timeout=_STACKS_TIMEOUT_S)
+            stacks = ray.get(ref, timeout=0)
         except Exception as error:
             stacks = f"(no answer within {_STACKS_TIMEOUT_S:.0f} s: {_first_line(error)}; the process is stopped or gone)\n{tail(process.log)}"
         lines.append(f"--- {process.name} ({process.log})\n{stacks}")
