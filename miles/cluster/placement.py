@@ -12,6 +12,7 @@ talk most.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from miles.errors import PlacementError
 CPU_PER_RANK = 0.25
 #: A placement that is not ready by then will not be: the cluster is too small, or full.
 READY_TIMEOUT_S = 10.0
+#: For a first worker process to start on every node, on slow disks as well.
+_GPU_ID_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Layout:
     engine_bundles: tuple[tuple[int, ...], ...]
     """Bundles of engine i, one per GPU of the engine."""
     colocate: bool
+    bundles_per_node: int | None = None
+    """Most bundles that one node may hold; None leaves it to what the nodes have."""
 
     @classmethod
     def of(cls, config: Config) -> Layout:
@@ -56,6 +61,7 @@ class Layout:
             actor_bundles=tuple(range(actors)),
             engine_bundles=tuple(engines),
             colocate=cluster.colocate,
+            bundles_per_node=cluster.num_gpus_per_node,
         )
 
 
@@ -74,12 +80,18 @@ class Placement:
         # Two processes share a colocated GPU: Ray must see two fractions, the process sees the whole device.
         share = 0.4 if self.layout.colocate else 1.0
         resources = {"num_gpus": share, "num_cpus": share} if self.use_gpu else {"num_cpus": CPU_PER_RANK / 2}
-        return {
-            **resources,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self.group, placement_group_bundle_index=self.order[bundle]
-            ),
-        }
+        return {**resources, **self._in(bundle)}
+
+    def helper_options(self) -> dict[str, Any]:
+        """Ray options of an actor without a rank: it runs where the engines are, whose addresses are loopback's."""
+        bundles = self.layout.engine_bundles
+        return {"num_cpus": 0, **self._in(bundles[0][0] if bundles else 0)}
+
+    def _in(self, bundle: int) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self.group, placement_group_bundle_index=self.order[bundle]
+        )
+        return {"scheduling_strategy": strategy}
 
 
 def cluster_has_gpu() -> bool:
@@ -98,7 +110,16 @@ def place(layout: Layout, *, use_gpu: bool) -> Placement:
     if not ready:
         ray.util.remove_placement_group(group)
         raise PlacementError(_explain(bundles, layout, "the cluster did not grant it, somebody else uses it"))
-    return Placement(layout, group, _sorted_bundles(group, len(bundles), use_gpu), use_gpu)
+    try:
+        hosts = _host_of_bundles(group)
+        gpus = _gpu_of_bundles(group, len(bundles)) if use_gpu else [0] * len(bundles)
+        order = tuple(sorted(range(len(bundles)), key=lambda i: (_host_key(hosts[i]), gpus[i], i)))
+        _check_hosts_hold(layout, hosts)
+        _check_one_host(layout, [hosts[i] for i in order])
+    except BaseException:
+        ray.util.remove_placement_group(group)
+        raise
+    return Placement(layout, group, order, use_gpu)
 
 
 def _check_fits(bundles: Sequence[dict[str, float]], layout: Layout) -> None:
@@ -106,6 +127,18 @@ def _check_fits(bundles: Sequence[dict[str, float]], layout: Layout) -> None:
     for name in bundles[0]:
         if math.fsum(b[name] for b in bundles) > total.get(name, 0.0):
             raise PlacementError(_explain(bundles, layout, f"the cluster has too little {name}"))
+
+
+def _check_hosts_hold(layout: Layout, hosts: Sequence[str]) -> None:
+    """`hosts` [bundles] against --num-gpus-per-node."""
+    limit = layout.bundles_per_node
+    host, count = Counter(hosts).most_common(1)[0]
+    if limit is not None and count > limit:
+        raise PlacementError(
+            f"--num-gpus-per-node, got {limit}: node {host} would hold {count} of the run's bundles (asked "
+            f"{layout.num_bundles}, available {limit} per node); raise it, lower --actor-num-gpus-per-node or "
+            f"--rollout-num-gpus, or add nodes"
+        )
 
 
 def _explain(bundles: Sequence[dict[str, float]], layout: Layout, why: str) -> str:
@@ -121,17 +154,28 @@ def _explain(bundles: Sequence[dict[str, float]], layout: Layout, why: str) -> s
     )
 
 
-def _sorted_bundles(group: PlacementGroup, count: int, use_gpu: bool) -> tuple[int, ...]:
+def _host_of_bundles(group: PlacementGroup) -> list[str]:
+    """IP address of the node of each bundle, by Ray's index."""
     nodes = placement_group_table(group)["bundles_to_node_id"]
     address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    return [address[nodes[index]] for index in sorted(nodes)]
 
-    def node_key(index: int) -> tuple[int, ...] | tuple[str]:
-        ip = address[nodes[index]]
-        parts = ip.split(".")
-        return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else (ip,)
 
-    gpus = _gpu_of_bundles(group, count) if use_gpu else [0] * count
-    return tuple(sorted(range(count), key=lambda i: (node_key(i), gpus[i], i)))
+def _host_key(ip: str) -> tuple[tuple[int, ...], str]:
+    parts = ip.split(".")
+    return (tuple(map(int, parts)) if all(p.isdigit() for p in parts) else (), ip)
+
+
+def _check_one_host(layout: Layout, hosts: Sequence[str]) -> None:
+    """`hosts[i]` of bundle i in our order. The embedded engine listens on loopback and takes weights through shared memory."""
+    engines = {hosts[b] for bundles in layout.engine_bundles for b in bundles}
+    sender = {hosts[layout.actor_bundles[0]]} if layout.actor_bundles and engines else set()
+    if len(engines | sender) > 1:
+        raise PlacementError(
+            f"placement of engines on {', '.join(sorted(engines))} and the first trainer rank on {', '.join(sender)}, got "
+            f"{len(engines | sender)} hosts: embedded engines are reached through loopback and shared memory only; lower "
+            f"--actor-num-gpus-per-node or --rollout-num-gpus until they fit one host"
+        )
 
 
 def _gpu_of_bundles(group: PlacementGroup, count: int) -> list[int]:
@@ -144,6 +188,11 @@ def _gpu_of_bundles(group: PlacementGroup, count: int) -> list[int]:
     def strategy(index: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
 
-    return ray.get(
-        [gpu_id.options(scheduling_strategy=strategy(i)).remote() for i in range(count)], timeout=READY_TIMEOUT_S * 6
-    )
+    asked = [gpu_id.options(scheduling_strategy=strategy(i)).remote() for i in range(count)]
+    try:
+        return ray.get(asked, timeout=_GPU_ID_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        raise PlacementError(
+            f"placement of {count} bundles, got no answer within {_GPU_ID_TIMEOUT_S:.0f} s from tasks that ask which GPU each "
+            f"was given: Ray grants GPUs but cannot start workers there; see Ray's logs on these nodes"
+        ) from None

@@ -69,6 +69,7 @@ class RolloutManagerActor:
         self._progress = (0, 0, 0)
         self._states: dict[int, dict[str, Any]] = {}
         self._rollout: Rollout | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         assert config.ckpt.hf_checkpoint is not None
         self.tokenizer = load_tokenizer(config.ckpt.hf_checkpoint)
         assert config.rollout.n_samples_per_prompt is not None
@@ -85,7 +86,7 @@ class RolloutManagerActor:
 
     async def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
         """Connects to the engines and, when the run continues a checkpoint, takes up its `state`."""
-        self.dp_size = dp_size
+        self.dp_size, self._loop = dp_size, asyncio.get_running_loop()
         args = args_view(self.config)
         self.args = args
         if self.source is not None:
@@ -172,7 +173,8 @@ class RolloutManagerActor:
 
     @control
     async def stacks(self) -> str:
-        tasks = "\n".join(str(t) for t in list(asyncio.all_tasks()))
+        # Control methods have a loop of their own: the work's tasks are in the one that `start` ran in.
+        tasks = "\n".join(map(str, asyncio.all_tasks(self._loop))) if self._loop is not None else ""
         return f"{all_stacks()}\n{tasks}"
 
 
@@ -185,7 +187,7 @@ class RolloutManager:
         env = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         handle = (
             actor(RolloutManagerActor)
-            .options(num_cpus=0, runtime_env={"env_vars": env})
+            .options(**placement.helper_options(), runtime_env={"env_vars": env})
             .remote(config, prompts, run_dir)
         )
         self.process = Process("rollout-manager", handle, run_dir.logs / "rollout-manager.log")
@@ -196,10 +198,10 @@ class RolloutManager:
         return wait_for({self.process: ref}, what=what, limit_s=limit_s or self._limit_s, progress=progress)[0]
 
     def _poll_progress(self) -> object:
-        ready, _ = ray.wait([ref := self.process.handle.progress.remote()], timeout=1.0)
-        if not ready:
-            return None
-        done, total, tokens = ray.get(ref)
+        try:
+            done, total, tokens = ray.get(self.process.handle.progress.remote(), timeout=1.0)
+        except ray.exceptions.RayError:
+            return None  # busy, or gone: then the call itself that is waited for says so
         self.on_progress(done, total, tokens)
         return done, total, tokens
 

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
-from miles.cluster.placement import Layout
+from miles.cluster.placement import Layout, _check_hosts_hold, _check_one_host
 from miles.config import Config
+from miles.errors import PlacementError
 
 
 def layout(
@@ -27,6 +28,27 @@ def test_disaggregated_engines_follow_the_trainers():
     assert got.actor_bundles == (0, 1, 2, 3)
     assert got.engine_bundles == ((4, 5), (6, 7))
     assert got.num_bundles == 8
+
+
+def test_a_node_holds_no_more_ranks_than_the_flag_allows():
+    config = Config()
+    cluster = dataclasses.replace(config.cluster, actor_num_gpus_per_node=2, num_gpus_per_node=2)
+    sglang = dataclasses.replace(config.sglang, rollout_num_gpus=1)
+    got = Layout.of(dataclasses.replace(config, cluster=cluster, sglang=sglang))
+    _check_hosts_hold(got, ["a", "a", "b"])
+    with pytest.raises(PlacementError, match=r"--num-gpus-per-node, got 2: node a would hold 3 .*asked 3, available 2"):
+        _check_hosts_hold(got, ["a", "a", "a"])
+
+
+def test_engines_are_on_the_host_of_the_rank_that_sends_them_weights():
+    got = layout(actors=2, rollout=2)
+    _check_one_host(got, ["a", "b", "a", "a"])
+    with pytest.raises(PlacementError, match="engines on b and the first trainer rank on a, got 2 hosts"):
+        _check_one_host(got, ["a", "a", "b", "b"])
+    with pytest.raises(PlacementError, match="engines on a, b"):
+        _check_one_host(got, ["a", "a", "a", "b"])
+    _check_one_host(layout(actors=2, train_only=True), ["a", "b"])
+    _check_one_host(layout(rollout=1, rollout_only=True), ["a"])
 
 
 def test_colocated_engines_share_the_trainers_bundles():
