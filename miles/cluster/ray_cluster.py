@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,12 +30,18 @@ _PREFIX = "miles-ray-"
 #: Shared memory that the object store of a CPU run may take; a rollout's batches are a few MB.
 _CPU_OBJECT_STORE_BYTES = 512 * 1024**2
 
+_secured = False
+
 
 def secure_environment() -> None:
     """Settings of a private cluster, inherited by every process it starts. Ray reads them when it is imported, so this
-    must come before; a second call does nothing, nor does any where RAY_ADDRESS names a cluster."""
-    if "RAY_ADDRESS" in os.environ or "RAY_AUTH_TOKEN" in os.environ:
+    must come before; a second call does nothing, nor does any where RAY_ADDRESS names a cluster.
+
+    They replace what the environment holds: a token of the user's is another cluster's."""
+    global _secured
+    if _secured or os.environ.get("RAY_ADDRESS"):
         return
+    _secured = True
     assert "ray" not in sys.modules, "ray was imported before its environment was set"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -51,8 +58,8 @@ def ray_cluster(*, has_gpu: bool) -> Iterator[None]:
     if address := os.environ.get("RAY_ADDRESS"):
         import ray
 
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         try:
+            _connect(address=address)
             yield
         finally:
             ray.shutdown()
@@ -73,23 +80,27 @@ def ray_cluster(*, has_gpu: bool) -> Iterator[None]:
         start_new_session=True,
     )
     try:
-        on_terminate = signal.getsignal(signal.SIGTERM)
-        ray.init(
+        _connect(
             address="local",
             _node_ip_address="127.0.0.1",
             include_dashboard=False,
             object_store_memory=None if has_gpu else _CPU_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
             _temp_dir=str(directory),
         )
-        # Ray puts a handler of its own in the place of the driver's, which would end it without a word.
-        signal.signal(signal.SIGTERM, on_terminate)
         yield
     finally:
         ray.shutdown()
         del os.environ[guardian.MARK_VARIABLE]
         watch.communicate()  # it ends what a clean shutdown left, and removes the directory
+
+
+def _connect(**options: Any) -> None:
+    """`ray.init`, with the driver's SIGTERM handler left in its place: Ray's own would end the driver without a word."""
+    import ray
+
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    signal.signal(signal.SIGTERM, on_terminate)
 
 
 def _remove_leftovers() -> None:

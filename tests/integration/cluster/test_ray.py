@@ -39,7 +39,7 @@ def test_waits_and_placement_on_a_private_cluster(tmp_path):
         class Busy:
             def nap_in_a_named_function(self, s): time.sleep(s); return s
             def bad(self): raise EngineError("engine-7, got silence: it is a test; do nothing")
-            def die(self): os._exit(3)
+            def die(self): time.sleep(0.3); os._exit(3)
             @control
             def stacks(self): return all_stacks()
 
@@ -59,7 +59,9 @@ def test_waits_and_placement_on_a_private_cluster(tmp_path):
             print("values", wait_for({{a: a.handle.nap_in_a_named_function.remote(0.2), b: b.handle.nap_in_a_named_function.remote(0)}}, what="naps", limit_s=30))
             expect(WaitTimeout, lambda: wait_for({{a: a.handle.nap_in_a_named_function.remote(6)}}, what="a nap", limit_s=1.0))
             expect(EngineError, lambda: wait_for({{a: a.handle.nap_in_a_named_function.remote(60), b: b.handle.bad.remote()}}, what="two", limit_s=30))
-            expect(ProcessDied, lambda: wait_for({{b: b.handle.die.remote()}}, what="death", limit_s=30))
+            bad = Process("bad", Busy.options(num_cpus=0).remote(), log)
+            bad.handle.nap_in_a_named_function.remote(0)
+            expect(ProcessDied, lambda: wait_for({{bad: bad.handle.bad.remote(), b: b.handle.die.remote()}}, what="death", limit_s=30))
 
             beats = iter(range(10**6))
             c = Process("c", Busy.options(num_cpus=0).remote(), log)
@@ -69,6 +71,7 @@ def test_waits_and_placement_on_a_private_cluster(tmp_path):
             def many(n): return Layout(n, tuple(range(n)), (), False)
             expect(PlacementError, lambda: place(many(100), use_gpu=False))
             expect(PlacementError, lambda: place(many(1), use_gpu=True))
+            expect(PlacementError, lambda: place(Layout(2, (0, 1), (), False, bundles_per_node=1), use_gpu=False))
             print("order", place(many(3), use_gpu=False).order)
             me = psutil.Process()
             conns = [c for p in [me, *me.children(recursive=True)] for c in p.net_connections("tcp") if c.status == "LISTEN"]
@@ -93,6 +96,21 @@ def test_waits_and_placement_on_a_private_cluster(tmp_path):
     assert all(float(p.split()[0]) < 10 for p in placements)
     assert "order (0, 1, 2)" in text
     assert "listening ['127.0.0.1'] True" in text
+
+
+def test_a_token_or_an_empty_address_in_the_environment_does_not_open_the_private_cluster():
+    code = """
+import os
+from miles.cluster.ray_cluster import secure_environment
+secure_environment()
+first = os.environ["RAY_AUTH_TOKEN"]
+secure_environment()
+print(os.environ["RAY_AUTH_MODE"], os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"], first == os.environ["RAY_AUTH_TOKEN"])
+print(first != "theirs")
+"""
+    env = {**os.environ, "RAY_AUTH_TOKEN": "theirs", "RAY_ADDRESS": ""}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert out.stdout.split() == ["token", "0", "True", "True"], out.stderr
 
 
 def test_a_client_without_the_token_is_refused_and_a_killed_driver_leaves_no_process():
