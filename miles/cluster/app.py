@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles.config import Config, Resolution, config_to_dict
-from miles.errors import UserError
+from miles.errors import MilesError, UserError
 from miles.observe import Display, MetricsFile, RunDir, Timers, Tracker
 
 if TYPE_CHECKING:
@@ -54,8 +54,14 @@ class App:
             raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, MilesError) and self._engines.processes:
+                # Whoever talked to an engine that died knows only that it does not answer.
+                for text in self._engines.epitaphs():
+                    self.display.note(text)
+        finally:
+            self._stack.close()
 
     def _start(self) -> None:
         from .engine_group import EngineGroup

@@ -1,12 +1,13 @@
-"""The rollout engines: one Ray actor per engine, which runs a server process on its node and watches over it.
+"""The rollout engines: one Ray actor per engine, which runs a server process on its node.
 
 Everything else talks to the server over HTTP at its `EngineAddress`; the actor exists to place it, to own its life, and
-to say why it died.
+to say how it died when somebody finds that it has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from miles.observe import open_process_log
 from .actors import actor, all_stacks, control
 from .placement import Placement
 from .waits import Process, wait_for
+
+#: For engines' actors to say how their servers ended, while the run is failing.
+_EPITAPH_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class EngineActor:
             )
         )
         return EngineAddress(self.name, self._process.url, token)
+
+    def epitaph(self) -> str | None:
+        """How the server ended; None while it runs, or was never started."""
+        return None if self._process is None else self._process.epitaph()
 
     def stop(self) -> None:
         if self._process is not None:
@@ -99,5 +107,17 @@ class EngineGroup:
         calls = {p: p.handle.start.remote(token, self._device) for p in self.processes}
         return wait_for(calls, what="the engines to start", limit_s=self._limit_s + 10)
 
+    def epitaphs(self) -> list[str]:
+        """Of the engines that have ended by themselves. For a run that fails: asks briefly, never raises."""
+        found = []
+        asked = [p.handle.epitaph.remote() for p in self.processes]
+        ray.wait(asked, num_returns=len(asked), timeout=_EPITAPH_TIMEOUT_S)
+        for ref in asked:
+            with contextlib.suppress(ray.exceptions.RayError):
+                found.append(ray.get(ref, timeout=0))
+        return [text for text in found if text is not None]
+
     def stop(self) -> None:
+        if not self.processes:
+            return
         ray.wait([p.handle.stop.remote() for p in self.processes], num_returns=len(self.processes), timeout=10)

@@ -88,6 +88,13 @@ class EngineProcess:
         """Exit status; None while it runs, minus the signal's number if one ended it."""
         return self._group.poll()
 
+    def epitaph(self) -> str | None:
+        """How it ended and its last lines; None while it runs."""
+        status = self.poll()
+        if status is None:
+            return None
+        return f"engine {self.name} ended ({_exit_text(status)}): {self.log_path} ends in:\n{tail(self.log_path, _LOG_LINES)}"
+
     def terminate(self, grace_s: float = 5.0) -> int:
         """SIGTERM, then SIGKILL after `grace_s`, to the engine and everything it started. Returns the exit status.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import orjson
 
 from miles.interfaces import MetricSink
+
 from .run_dir import write_atomic
 
 logger = logging.getLogger(__name__)
