@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from miles.config import Resolution, resolve
 from miles.errors import MilesError, UserError
-from miles.observe import Display, make_display
+from miles.observe import Display, driver_log, make_display
 
 from .app import App
 from .ray_cluster import secure_environment
@@ -40,7 +40,7 @@ def run(train: Callable[[App], None], argv: Sequence[str] | None = None) -> int:
             if resolution.action == "dry-run":
                 return 0
             app = App(prepared, resolution, display)
-            with app:
+            with driver_log(app.run_dir.logs), app:
                 train(app)
                 app.summary()
         finally:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname).1s %(process)d %(name)s: %(message)s"
@@ -23,13 +25,44 @@ def open_process_log(logs: Path, name: str, *, level: int = logging.INFO) -> Pat
     sys.stderr.flush()
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter(FORMAT, "%Y-%m-%d %H:%M:%S"))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    for chatty in ("httpx", "httpcore", "asyncio", "urllib3", "filelock"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(level=level, handlers=[_formatted(logging.StreamHandler(stream))], force=True)
+    _hush()
     faulthandler.enable(stream)
     return path
+
+
+@contextlib.contextmanager
+def driver_log(logs: Path) -> Iterator[Path]:
+    """Keeps this process's logging in `logs/driver.log` (appended) inside the block, and the traceback that ends it.
+
+    The terminal stays as it is: it belongs to the display, which a line of logging would tear.
+    """
+    path = logs / "driver.log"
+    root = logging.getLogger()
+    handler = _formatted(logging.FileHandler(path, encoding="utf-8"))
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    _hush()
+    try:
+        yield path
+    except BaseException:
+        logging.getLogger(__name__).exception("the run ends")
+        raise
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+def _formatted(handler: logging.Handler) -> logging.Handler:
+    handler.setFormatter(logging.Formatter(FORMAT, "%Y-%m-%d %H:%M:%S"))
+    return handler
+
+
+def _hush() -> None:
+    for chatty in ("httpx", "httpcore", "asyncio", "urllib3", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def tail(path: Path, lines: int = 20, max_bytes: int = 64 * 1024) -> str:

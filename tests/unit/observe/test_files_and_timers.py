@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -5,7 +6,7 @@ import time
 
 import pytest
 
-from miles.observe import RunDir, Timers, tail, write_atomic
+from miles.observe import RunDir, Timers, driver_log, tail, write_atomic
 from miles.observe.display import step_line
 
 
@@ -43,6 +44,27 @@ def test_a_phase_that_raises_is_still_counted():
     with pytest.raises(ValueError), timers.phase("x"):
         raise ValueError
     assert "perf/x_time" in timers.take()
+
+
+def test_the_drivers_log_holds_its_logging_and_the_traceback_that_ended_it(tmp_path, capfd):
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers))
+
+    def run() -> None:
+        with driver_log(tmp_path):
+            logging.getLogger("miles.cluster").info("placed")
+            raise ValueError("the cause")
+
+    with pytest.raises(ValueError, match="the cause"):
+        run()
+    assert (root.level, list(root.handlers)) == before
+    logging.getLogger("miles.cluster").info("later")
+    text = (tmp_path / "driver.log").read_text()
+    assert "placed" in text
+    assert "Traceback" in text
+    assert "ValueError: the cause" in text
+    assert "later" not in text
+    assert "placed" not in "".join(capfd.readouterr())
 
 
 def test_a_process_log_holds_logging_prints_and_native_output(tmp_path):
