@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miles.config import Config, Resolution, config_to_dict
+from miles.config import Config, Resolution, config_to_dict, eval_datasets
 from miles.errors import MilesError, UserError
 from miles.observe import Display, MetricsFile, RunDir, Timers, Tracker
 
@@ -164,9 +164,9 @@ class App:
         self.tracker.add(stats.metrics())
 
     def evaluate_if_due(self, step: int) -> None:
-        """Before the first rollout, every --eval-interval, and after the last."""
+        """Before the first rollout, every --eval-interval (or a data set's own), and after the last."""
         flags = self.config.eval
-        if not self.engines or not self._due(flags.eval_interval, step):
+        if not self.engines or not any(self._due(d.interval, step) for d in eval_datasets(self.config)):
             return
         if step == self.start and (flags.skip_eval_before_train or step > 0):
             return  # a continued run evaluated this step before it stopped

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ray
 
-from miles.config import Config, engine_server_args
+from miles.config import Config, engine_server_args, eval_datasets
 from miles.engines.launch import EngineProcess, launch_embedded
 from miles.observe import open_process_log
 
@@ -78,8 +78,10 @@ def _server_args(config: Config) -> dict[str, object]:
     """What --sglang-* passed, and what the run's own flags imply."""
     args = engine_server_args(config)
     args.setdefault("random_seed", config.rollout.rollout_seed)
-    if config.rollout.rollout_max_context_len is not None:
-        args.setdefault("context_length", config.rollout.rollout_max_context_len)
+    # Evaluations may have longer contexts than training, and the engines serve both.
+    contexts = [config.rollout.rollout_max_context_len, *(d.max_context_len for d in eval_datasets(config))]
+    if None not in contexts:
+        args.setdefault("context_length", max(c for c in contexts if c is not None))
     if config.cluster.deterministic_mode:
         args["enable_deterministic_inference"] = True
     return args

@@ -1,0 +1,53 @@
+"""When the verbs of the loop act: evaluation by each data set's own interval, and never twice for one step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles.cluster.app import App
+from miles.config import make_config
+from miles.observe import Timers
+
+
+class _Anything:
+    """Takes what the app reports."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
+class _Manager:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        self.steps.append(step)
+        return {}
+
+
+def evaluated(tmp_path: Path, *, start: int = 0, **flags: Any) -> list[int]:
+    (tmp_path / "e.yaml").write_text("datasets: [{name: a, path: p}, {name: b, path: p, interval: 3}]")
+    app = object.__new__(App)
+    app.config = make_config(
+        eval_config=str(tmp_path / "e.yaml"), eval_interval=5, num_rollout=11, rollout_batch_size=1, **flags
+    )
+    app.start, app.timers, app._engines = start, Timers(), _Anything()
+    app.engines, app.rollout_manager, app.tracker, app.display = ["engine"], _Manager(), _Anything(), _Anything()
+    for step in range(start, 12):
+        app.evaluate_if_due(step)
+    return app.rollout_manager.steps
+
+
+@pytest.mark.parametrize(
+    ("start", "flags", "steps"),
+    [
+        (0, {}, [0, 3, 5, 6, 9, 10, 11]),
+        (0, {"skip_eval_before_train": True}, [3, 5, 6, 9, 10, 11]),
+        (5, {}, [6, 9, 10, 11]),
+    ],
+)
+def test_evaluation_follows_every_interval(tmp_path: Path, start: int, flags: dict[str, Any], steps: list[int]) -> None:
+    assert evaluated(tmp_path, start=start, **flags) == steps
