@@ -75,7 +75,7 @@ class App:
         self.display.phase(0, self.num_rollout, "starting ray")
         started = time.perf_counter()
         self._stack.enter_context(ray_cluster(has_gpu=bool(self._resolution.has_gpu)))
-        placement = place(layout, use_gpu=cluster_has_gpu())
+        placement = place(layout, use_gpu=cluster_has_gpu(driver_has_gpu=self._resolution.has_gpu))
 
         self.display.phase(0, self.num_rollout, "starting processes")
         # Creating the actors starts their processes; the calls below overlap with their imports.

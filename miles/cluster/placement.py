@@ -94,8 +94,15 @@ class Placement:
         return {"scheduling_strategy": strategy}
 
 
-def cluster_has_gpu() -> bool:
-    return ray.cluster_resources().get("GPU", 0) > 0
+def cluster_has_gpu(*, driver_has_gpu: bool) -> bool:
+    """Whether bundles ask for GPUs. Raises `PlacementError` where the configuration was derived for GPUs that Ray lacks."""
+    has_gpu = bool(ray.cluster_resources().get("GPU", 0) > 0)
+    if driver_has_gpu and not has_gpu:
+        raise PlacementError(
+            "placement on GPUs, got none from Ray where the driver's machine has some: defaults were derived for GPUs; start "
+            "Ray with them (ray start --num-gpus), mend the NVIDIA driver, or set CUDA_VISIBLE_DEVICES= for a run on CPUs"
+        )
+    return has_gpu
 
 
 def place(layout: Layout, *, use_gpu: bool) -> Placement:

@@ -67,11 +67,13 @@ def test_waits_and_placement_on_a_private_cluster(tmp_path):
             c = Process("c", Busy.options(num_cpus=0).remote(), log)
             print("progress", wait_for({{c: c.handle.nap_in_a_named_function.remote(2.5)}}, what="slow", limit_s=1.5, progress=lambda: next(beats)))
 
-            from miles.cluster.placement import Layout, place
+            from miles.cluster.placement import Layout, cluster_has_gpu, place
+            assert not cluster_has_gpu(driver_has_gpu=False)
             def many(n): return Layout(n, tuple(range(n)), (), False)
             expect(PlacementError, lambda: place(many(100), use_gpu=False))
             expect(PlacementError, lambda: place(many(1), use_gpu=True))
             expect(PlacementError, lambda: place(Layout(2, (0, 1), (), False, bundles_per_node=1), use_gpu=False))
+            expect(PlacementError, lambda: cluster_has_gpu(driver_has_gpu=True))
             print("order", place(many(3), use_gpu=False).order)
             me = psutil.Process()
             conns = [c for p in [me, *me.children(recursive=True)] for c in p.net_connections("tcp") if c.status == "LISTEN"]
