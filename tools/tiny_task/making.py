@@ -115,6 +115,8 @@ def _jsonl(problems: Iterable[Problem]) -> str:
 def _eval_config(directory: Path) -> str:
     path = json.dumps(str(directory / "test.jsonl"))  # a JSON string is a YAML string
     return (
+        "# Held-out problems are scored by exact match, whatever reward the run trains on.\n"
+        "defaults: {rm_type: exact, custom_rm_path: null}\n"
         "datasets:\n"
         f"- {{name: addition, path: {path}, temperature: 1.0, n_samples_per_eval_prompt: 4}}\n"
         f"- {{name: addition_greedy, path: {path}, temperature: 0.0, n_samples_per_eval_prompt: 1}}\n"

@@ -225,11 +225,13 @@ def test_the_evaluation_follows_a_moved_directory(made: Path, tmp_path: Path) ->
         n_samples_per_prompt=2,
         num_rollout=1,
         eval_interval=1,
+        rm_type="random",
         eval_config=str(moved / "eval.yaml"),
     )
     sampled, greedy = eval_datasets(config)
     assert (sampled.name, sampled.temperature, sampled.n_samples_per_eval_prompt) == ("addition", 1.0, 4)
     assert (greedy.name, greedy.temperature, greedy.n_samples_per_eval_prompt) == ("addition_greedy", 0.0, 1)
+    assert sampled.rm_type == greedy.rm_type == "exact"  # a control on a random reward is still judged by its answers
     assert sampled.path == greedy.path == str(moved / "test.jsonl")
 
 
