@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from .harness import flags, train
@@ -28,13 +30,31 @@ def test_two_ranks_and_two_engines_train_as_one_of_each(task, tmp_path):
         assert max(other.series("train/train_rollout_logprob_abs_diff_max")) < 1e-5
 
 
-def test_half_a_run_alone_and_replayed(task, tmp_path):
+def test_half_a_run_alone_and_replayed(task, tmp_path, monkeypatch):
+    """With a plugin whose reward scores; every process of ours but the engines imports it."""
     data = str(tmp_path / "kept" / "{rollout_id}.jsonl")
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setenv("PLUGIN_MARKS", str(marks))
+    common = {"plugin": Path(__file__).with_name("plugin_marks.py"), "rm_type": "digits", "num_rollout": 2}
+
+    def importers() -> dict[str, int]:
+        """How many processes of each kind imported the plugin since the last call."""
+        lines = [(path.read_text(), path.unlink())[0] for path in marks.iterdir()]
+        kinds = ("train.py", "RolloutManagerActor", "TrainerActor", "rewards.worker")
+        return {kind: sum(kind in line for line in lines) for kind in kinds}
+
     rollout = train(
-        flags(task, debug_rollout_only=True, num_rollout=2, save_debug_rollout_data=data), tmp_path / "rollout"
+        flags(task, **common, debug_rollout_only=True, save_debug_rollout_data=data, rm_num_workers=1),
+        tmp_path / "rollout",
     ).check()
     assert "train/loss" not in rollout.metrics[-1]
-    replay = train(flags(task, load_debug_rollout_data=data, num_rollout=2), tmp_path / "replay").check()
+    for s in rollout.samples(0):
+        hits = [a == b for a, b in zip(s["response"].strip(), s["label"], strict=False)]
+        assert s["reward"] == pytest.approx(sum(hits) / len(s["label"]))
+    assert importers() == {"train.py": 1, "RolloutManagerActor": 1, "TrainerActor": 0, "rewards.worker": 1}
+    replay = train(flags(task, **common, load_debug_rollout_data=data), tmp_path / "replay").check()
+    assert importers() == {"train.py": 1, "RolloutManagerActor": 1, "TrainerActor": 1, "rewards.worker": 0}
     assert len(replay.series("train/loss")) == 2
     assert replay.samples(1) == rollout.samples(1)
     assert replay.series("train/train_rollout_logprob_abs_diff_max")[0] < 1e-5
