@@ -34,6 +34,10 @@ def test_the_main_job_learns(task, tmp_path):
     # Every sample came from the engine with the trainer's own numbers, and on policy the first ratio is 1.
     assert max(run.series("train/train_rollout_logprob_abs_diff_max")) < 1e-4
     assert all(abs(ratio - 1) < 1e-6 for ratio in run.series("train/ratio_first"))
+    # Rows without a gradient are left out, but for every tenth step, which scores all.
+    skipped = run.series("train/rows_skipped")
+    assert sum(skipped) > 0
+    assert set(skipped[9::10]) == {0.0}
     versions = {v for s in run.samples(59) for v in s["weight_versions"]}
     assert versions == {"59"}
     assert "before and after" in run.output
