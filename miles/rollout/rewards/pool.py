@@ -16,6 +16,8 @@ import logging
 import os
 import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +36,10 @@ _GRACE_S = 0.5
 #: Seconds for a worker to import everything. Slow disks and heavy hooks are common; hanging imports are rare.
 _START_LIMIT_S = 180.0
 _CLOSE_LIMIT_S = 2.0
+#: A hook that never answered is given up after so many calls for each worker, and no sooner than the first of them could
+#: be repeated to its end. Were every sample of a batch to run into the time limit, the failure policy would speak up only
+#: after hours.
+_SILENT_CALLS_PER_WORKER = 2
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,11 @@ class RewardPool:
         self._ids = itertools.count()
         self._numbers = itertools.count()
         self._closed = False
+        self._answered: set[Target] = set()
+        """Hooks that gave a reward, or raised an error, in time."""
+        self._silent: Counter[Target] = Counter()
+        """Calls that ended without either, by hook."""
+        self._first_call: dict[Target, float] = {}
         self.kills = 0
         """Workers killed at a time limit or found dead, since the start."""
 
@@ -197,6 +208,7 @@ class RewardPool:
 
         Raises:
             ProcessDied: workers cannot be started any more.
+            HookError: the hook has not answered since the start of the run.
         """
         if not self._started:
             await self.start()
@@ -222,7 +234,30 @@ class RewardPool:
         task = asyncio.create_task(self._exchange(target, items, timeout_s, evaluation, alone))
         self._exchanges.add(task)
         task.add_done_callback(self._exchanges.discard)
-        return await asyncio.shield(task)
+        self._first_call.setdefault(target, time.monotonic())
+        outcomes = await asyncio.shield(task)
+        if target.kind == "hook":
+            await self._give_up_on_the_silent(target, outcomes, timeout_s)
+        return outcomes
+
+    async def _give_up_on_the_silent(self, target: Target, outcomes: list[Scored | Failed], timeout_s: float) -> None:
+        """Ends all calls, those that wait for a worker among them, when a hook hangs or dies whatever it is asked."""
+        failed = [o for o in outcomes if isinstance(o, Failed)]
+        if len(failed) < len(outcomes) or any(o.traceback for o in failed):
+            self._answered.add(target)
+        silent = [o for o in failed if o is not _LOST and not o.traceback]
+        self._silent[target] += len(silent)
+        if target in self._answered or self._silent[target] < _SILENT_CALLS_PER_WORKER * self._num_workers:
+            return
+        if not silent or time.monotonic() - self._first_call[target] < timeout_s * (1 + self._max_retries):
+            return
+        async with self._changed:
+            self._broken = HookError(
+                f"--custom-rm-path {target.name}, got no reward and no error from any of its first {self._silent[target]} "
+                f"calls: {silent[-1].error}; mend the hook, or raise --rm-timeout"
+            )
+            self._changed.notify_all()
+        raise self._broken
 
     async def _exchange(
         self, target: Target, items: Sequence[Item], timeout_s: float, evaluation: bool, alone: bool

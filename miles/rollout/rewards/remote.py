@@ -69,8 +69,13 @@ async def remote_rm(args: Args, sample: Sample, *, response: str, timeout_s: flo
 
 
 async def _ask(url: str, body: bytes, timeout_s: float) -> float | dict[str, Any]:
-    async with asyncio.timeout(timeout_s):  # httpx's own limit is for each read, not for the whole
-        reply = await _client().post(url, content=body, headers={"content-type": "application/json"}, timeout=timeout_s)
+    try:
+        async with asyncio.timeout(timeout_s):  # httpx's own limit is for each read, not for the whole
+            reply = await _client().post(
+                url, content=body, headers={"content-type": "application/json"}, timeout=timeout_s
+            )
+    except (TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout):
+        raise TimeoutError(f"reward service {url}, got no answer within --rm-timeout {timeout_s:g} s") from None
     first_line = reply.text.strip().splitlines()[0][:200] if reply.text.strip() else ""
     if reply.status_code >= 500:
         raise ServiceError(f"{url}, got HTTP {reply.status_code}: {first_line}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,8 +170,12 @@ def _check_key(sample: Sample, reward_key: str | None) -> list[str]:
     if not isinstance(sample.reward, dict) or sample.status is Status.FAILED:
         return []
     value = sample.reward.get(reward_key) if reward_key is not None else None
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and math.isfinite(value):
         return []
+    if reward_key is not None and reward_key in sample.reward:
+        text = f"reward of sample {sample.index}, got {value!r} in {reward_key!r}: it must be a finite number; mend the reward"
+        fail(sample, HookError(text))
+        return [text]
     keys = sorted(map(str, sample.reward))
     text = f"reward of sample {sample.index}, got a dict with keys {keys}: --reward-key is {reward_key!r}; name one of them"
     fail(sample, HookError(text))

@@ -222,3 +222,32 @@ async def test_workers_die_with_a_killed_parent_even_when_busy() -> None:
         parent.wait()
     for pid in pids:
         assert await gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("hook", "response", "reason"),
+    [
+        ("by_response", "block", "no reward within 0.3 s; its worker was killed"),
+        ("by_response_async", "block", "no reward within 0.3 s; its worker was killed"),
+        ("by_response_async", "wait", "no reward within 0.3 s"),
+        ("by_response", "exit", "its worker exited (3)"),
+    ],
+)
+async def test_a_hook_that_never_answers_is_given_up_long_before_the_last_sample(
+    hook: str, response: str, reason: str
+) -> None:
+    async with bench(hook, rm_timeout=0.3, rm_max_retries=2, workers=2) as b:
+        scores = [asyncio.create_task(b.score(answers(*[response] * 8))) for _ in range(16)]
+        with pytest.raises(HookError, match="got no reward and no error from any of its first") as error:
+            await asyncio.gather(*scores)
+        assert reason in str(error.value)
+        await asyncio.wait(scores, timeout=20.0)
+        assert all(isinstance(task.exception(), HookError) for task in scores)
+        assert b.pool.kills < 16  # of 128 samples
+
+
+async def test_a_hook_that_answered_once_may_hang_later() -> None:
+    async with bench("by_response", rm_timeout=0.3, workers=1) as b:
+        results = await b.score(answers("fine", "block", "block", "block"))
+        assert results[0] == 1.0
+        assert all("no reward within 0.3 s" in r for r in results[1:])

@@ -90,3 +90,13 @@ async def test_the_watchdog_names_the_code_that_blocks(caplog: pytest.LogCapture
     assert watchdog.blocks == 1
     assert watchdog.blocked_s >= 0.5
     assert "in culprit" in caplog.text
+
+
+async def test_the_entry_that_trains_must_be_a_finite_number() -> None:
+    for value in (float("nan"), float("inf"), None, "0.5"):
+        register_reward("odd", inline=True)(lambda args, sample, value=value: {"acc": value})
+        try:
+            error = await score(Sample(), RewardSource("odd", reward_key="acc"))
+        finally:
+            registry._rules.pop("odd")
+        assert f"got {value!r} in 'acc': it must be a finite number" in error
