@@ -19,6 +19,8 @@ from miles.errors import HookError
 
 from .problem import suggestion
 
+_FILE_PREFIX = "miles_hook_"
+
 
 def load_hook(path: str, *, flag: str, parameters: Sequence[str], is_async: bool | None = None) -> Callable[..., Any]:
     """The function at `path`. `flag` is named in errors, `parameters` are what it is called with, positionally.
@@ -32,7 +34,7 @@ def load_hook(path: str, *, flag: str, parameters: Sequence[str], is_async: bool
         if not hasattr(hook, part):
             public = [n for n in vars(hook) if not n.startswith("_")]
             fix = suggestion(part, public, otherwise=f"it has {', '.join(sorted(public)) or 'no public name'}")
-            raise HookError(f"{flag}, got {path}: {module.__name__} has no {part!r}; {fix}")
+            raise HookError(f"{flag}, got {path}: {_shown(module)} has no {part!r}; {fix}")
         hook = getattr(hook, part)
     _check_call(hook, path, flag, parameters)
     is_coroutine = inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(type(hook).__call__)
@@ -96,7 +98,7 @@ def _module_and_name(path: str, flag: str) -> tuple[ModuleType, str]:
 
 def _load_file(file: Path) -> ModuleType:
     file = file.resolve(strict=True)
-    name = f"miles_hook_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    name = f"{_FILE_PREFIX}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -110,6 +112,13 @@ def _load_file(file: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _shown(module: ModuleType) -> str:
+    """The module as the user knows it: our name for a file's module says nothing to them."""
+    return (
+        Path(module.__file__).name if module.__file__ and module.__name__.startswith(_FILE_PREFIX) else module.__name__
+    )
 
 
 def _check_call(hook: Any, path: str, flag: str, parameters: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ A rule sees `given`, the field names that the user set, since a derived value is
 
 from __future__ import annotations
 
+import math
+import os
 import string
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
@@ -50,9 +52,13 @@ class Range(NamedTuple):
 
     def __contains__(self, value: object) -> bool:
         assert isinstance(value, (int, float))
-        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+        return (
+            math.isfinite(value) and (self.low < value if self.open_low else self.low <= value) and value <= self.high
+        )
 
     def __str__(self) -> str:
+        if self.low == -float("inf"):
+            return "a finite number"
         low = f"more than {self.low:g}" if self.open_low else f"at least {self.low:g}"
         return low if self.high == float("inf") else f"{low} and at most {self.high:g}"
 
@@ -95,6 +101,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(["max_failed_sample_fraction", "lr_warmup_fraction"], _FRACTION),
     **dict.fromkeys(["adam_beta1", "adam_beta2"], Range(0, 0.999999999)),
     "tis_clip": _POSITIVE,
+    "entropy_coef": Range(-float("inf")),
 }
 
 
@@ -605,6 +612,27 @@ def files_exist(facts: Facts) -> Iterator[Problem]:
             yield Problem(flag, path, "there is no such file or directory", "check the path")
 
 
+def outputs_can_be_written(facts: Facts) -> Iterator[Problem]:
+    """The first checkpoint may be hours away."""
+    config = facts.config
+    for flag, path in (
+        ("--run-dir", config.cluster.run_dir),
+        ("--save", config.ckpt.save),
+        ("--save-hf", config.ckpt.save_hf),
+        ("--save-debug-rollout-data", config.debug.save_debug_rollout_data),
+    ):
+        if path is None:
+            continue
+        # Templates name files of each rollout: what stands before the field is all that can be there already.
+        place = Path(path.partition("{")[0]) if "{" in path else Path(path)
+        is_file = flag == "--save-debug-rollout-data"
+        there = next((p for p in ((place.parent if is_file else place), *place.absolute().parents) if p.exists()), None)
+        if there is not None and not there.is_dir():
+            yield Problem(flag, path, f"{there} is a file", "name a directory")
+        elif there is not None and not os.access(there, os.W_OK | os.X_OK):
+            yield Problem(flag, path, f"{there} cannot be written to", "name a directory of yours")
+
+
 RULES: tuple[Rule, ...] = (
     ranges,
     top_k,
@@ -664,6 +692,7 @@ LAUNCH_RULES: tuple[Rule, ...] = (
     run_needs_length,
     epochs_need_prompts,
     files_exist,
+    outputs_can_be_written,
 )
 
 

@@ -19,9 +19,12 @@ def check(config: Config) -> list[Problem]:
         for dataset in eval_datasets(config):
             problems += _check_prompts(f"evaluation {dataset.name}", dataset.path)
     replay = config.debug.load_debug_rollout_data
-    # A template is looked up at each rollout; a plain path is the same file for all.
-    if replay is not None and "{" not in replay and not Path(replay).is_file():
-        problems.append(Problem("--load-debug-rollout-data", replay, "there is no such file", "check the path"))
+    # A template is looked up at each rollout, from 0 or where --load goes on; a plain path is the same file for all.
+    if replay is not None:
+        is_first_known = "{" not in replay or config.ckpt.load is None
+        first = Path(replay.format(rollout_id=0) if "{" in replay else replay)
+        if is_first_known and not first.is_file():
+            problems.append(Problem("--load-debug-rollout-data", replay, f"there is no file {first}", "check the path"))
     return problems
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from miles.errors import DataError
+from miles.errors import ConfigError, DataError
 
 from .files import Row, read_rows, split_slice
 
@@ -70,7 +70,8 @@ def load_prompts(
     input_key names a column of text or of messages; with `apply_chat_template` text becomes one user message and messages
     are rendered, with the row's tools and `apply_chat_template_kwargs`, ready for the assistant's turn. metadata_key and
     tool_key are used where a row has them, as objects or as their JSON text. max_prompt_len (tokens) drops longer prompts.
-    require_label says, given a row's metadata, whether its reward needs a label. require_tokens=False admits messages
+    require_label says, given a row's metadata, whether its reward needs a label; its ConfigError is told of the row.
+    require_tokens=False admits messages
     without a template, for generation hooks that render them.
 
     Raises DataError with file, line and reason for the first row that breaks these rules.
@@ -84,7 +85,11 @@ def load_prompts(
         where = f"{file}:{row.line}"
         prompt = _prompt(row.values, input_key, where)
         metadata = _json_object(row.values.get(metadata_key), metadata_key, where)
-        label = _label(row.values, label_key, where, required=needs_label(metadata))
+        try:
+            required = needs_label(metadata)
+        except ConfigError as error:  # what a row asks for is the row's mistake
+            raise DataError(f"{where}, {error}") from error
+        label = _label(row.values, label_key, where, required=required)
         if apply_chat_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             tools = _json_list(row.values.get(tool_key), tool_key, where)

@@ -18,6 +18,8 @@ from typing import Any
 
 import orjson
 
+from miles.errors import ConfigError
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes `data` to `path` so that a reader, or a crash at any moment, sees the old file or the new one, never half."""
@@ -46,8 +48,14 @@ class RunDir:
         raise FileExistsError(f"run directory runs/{stem}, got 1000 of that name: cannot choose one; pass --run-dir")
 
     def create(self) -> RunDir:
+        """Makes the directories. Raises `ConfigError` where that is not allowed."""
         for directory in (self.path, self.logs, self.samples):
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"--run-dir, got {self.path}: it cannot be made ({error.strerror}); name a directory of yours"
+                ) from error
         return self
 
     @property

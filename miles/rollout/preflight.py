@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from .rewards.scorer import RewardSource
 
 if TYPE_CHECKING:
     from miles.config import Config, EvalDataset
+
+_HTTP = re.compile(r"https?://[^/\s]+\S*$")
 
 HookSpec = tuple[str, str, tuple[str, ...], bool | None]
 """(path, flag, positional parameters, must be async)"""
@@ -55,6 +58,8 @@ def _problems(config: Config) -> Iterator[Problem | Any]:
             yield from _reward_problems(
                 f"rm_type of evaluation {dataset.name}", source, flags.rm_url, dataset.label_key
             )
+    if flags.rm_url is not None and not _HTTP.match(flags.rm_url):
+        yield Problem("--rm-url", flags.rm_url, "it is no web address", "write http://HOST:PORT/PATH")
     if flags.custom_generate_timeout <= 0:
         yield Problem(
             "--custom-generate-timeout", flags.custom_generate_timeout, "a hook needs time", "give seconds above 0"
@@ -107,21 +112,35 @@ def _as_problem(error: Exception) -> Problem:
 
 
 def label_required(config: Config) -> Callable[[dict[str, Any]], bool]:
-    """For the training prompts: does the row with this metadata need a label? Raises `ConfigError` for a reward type
-    in a row that does not exist."""
-    return _label_rule(training_rewards(config))
+    """For the training prompts: does the row with this metadata need a label? Raises `ConfigError` for a row that cannot
+    be scored: its reward type does not exist, lacks --rm-url, or nothing names one."""
+    return _label_rule(training_rewards(config), config)
 
 
 def dataset_label_required(config: Config, dataset: EvalDataset) -> Callable[[dict[str, Any]], bool]:
     """The same for the prompts of an evaluation."""
-    return _label_rule(evaluation_rewards(config, dataset))
+    return _label_rule(evaluation_rewards(config, dataset), config)
 
 
-def _label_rule(source: RewardSource) -> Callable[[dict[str, Any]], bool]:
+def _label_rule(source: RewardSource, config: Config) -> Callable[[dict[str, Any]], bool]:
+    flags = config.rollout
+    # A generation hook may set rewards itself.
+    scored_elsewhere = source.hook is not None or flags.custom_generate_function_path is not None
+
     def required(metadata: dict[str, Any]) -> bool:
         rm_type = metadata.get("rm_type")
         if rm_type is None:
             rm_type = None if source.hook is not None else source.rm_type
-        return rm_type is not None and registry.find(rm_type).needs_label
+        if rm_type is None:
+            if scored_elsewhere:
+                return False
+            raise ConfigError(
+                'reward type, got none: no flag and no metadata["rm_type"] says how the row is scored; '
+                "give --rm-type or --custom-rm-path"
+            )
+        rule = registry.find(rm_type)
+        if rule.needs_url and not flags.rm_url:
+            raise ConfigError(f"reward type, got {rm_type!r}: it asks a service; give its address as --rm-url")
+        return rule.needs_label
 
     return required

@@ -75,7 +75,7 @@ def test_a_file_is_the_same_module_in_every_process(hook_file: Path) -> None:
 
 
 def test_what_is_wrong_is_said(hook_file: Path, tmp_path: Path) -> None:
-    assert "has no 'rewrd'; did you mean reward?" in failure(f"{hook_file}:rewrd")
+    assert f": {hook_file.name} has no 'rewrd'; did you mean reward?" in failure(f"{hook_file}:rewrd")
     assert "it takes (args); it is called with (args, sample)" in failure(f"{hook_file}:few")
     assert "it is a int, not a function" in failure(f"{hook_file}:number")
     assert "it is not a coroutine function; write `async def keep`" in failure(f"{hook_file}:keep", is_async=True)

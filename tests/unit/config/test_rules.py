@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from miles.config import make_config
-from miles.config.rules import LAUNCH_RULES, RULES
+from miles.config.platform import detect_platform
+from miles.config.rules import LAUNCH_RULES, RULES, Facts, outputs_can_be_written
 from miles.errors import ConfigError
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"rollout_top_p": 0.0}, "--rollout-top-p, got 0: it must be more than 0 and at most 1; choose such a value"),
     ({"rollout_top_p": 1.5}, "--rollout-top-p, got 1.5: it must be more than 0 and at most 1"),
+    ({"entropy_coef": float("nan")}, "--entropy-coef, got nan: it must be a finite number"),
+    ({"lr": float("inf")}, "--lr, got inf: it must be at least 0"),
     ({"rm_timeout": 0.0}, "--rm-timeout, got 0: it must be more than 0"),
     ({"max_failed_sample_fraction": 1.1}, "--max-failed-sample-fraction, got 1.1: it must be at least 0 and at most 1"),
     ({"micro_batch_size": 0}, "--micro-batch-size, got 0: it must be at least 1"),
@@ -249,3 +252,19 @@ def test_no_evaluation_has_a_longer_context_than_the_engines(tmp_path: Path, lim
 def test_rules_have_names_of_their_own() -> None:
     names = [rule.__name__ for rule in RULES + LAUNCH_RULES]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("flag", "below"), [("run_dir", "run"), ("save", "a/b"), ("save_hf", "hf_{rollout_id}"), ("save", "")]
+)
+def test_outputs_go_where_a_directory_can_be_made(tmp_path: Path, flag: str, below: str) -> None:
+    (tmp_path / "file").write_text("")
+
+    def problems(root: Path) -> list[str]:
+        path = str(root / below) if below else str(root)
+        config = make_config(num_rollout=1, **{"save": str(tmp_path / "s"), flag: path})
+        return [str(p) for p in outputs_can_be_written(Facts(config, frozenset(), detect_platform()))]
+
+    assert problems(tmp_path / "new") == []
+    (problem,) = problems(tmp_path / "file")
+    assert problem.endswith(f"{tmp_path}/file is a file; name a directory")

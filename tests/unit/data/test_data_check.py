@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from miles.config import Config, DebugArgs, EvalArgs, RolloutArgs
+from miles.config import CkptArgs, Config, DebugArgs, EvalArgs, RolloutArgs
 from miles.data import check
 
 
@@ -45,4 +45,8 @@ def test_replay(config, tmp_path):
     (problem,) = check(Config(debug=replay))
     assert "--load-debug-rollout-data" in str(problem)
     template = replace(replay, load_debug_rollout_data=f"{tmp_path}/{{rollout_id}}.jsonl")
+    (problem,) = check(Config(debug=template))
+    assert f"there is no file {tmp_path}/0.jsonl" in str(problem)
+    assert check(Config(debug=template, ckpt=CkptArgs(load="somewhere"))) == []  # it may go on from a later one
+    (tmp_path / "0.jsonl").write_text("{}\n")
     assert check(Config(debug=template)) == []

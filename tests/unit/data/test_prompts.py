@@ -251,3 +251,14 @@ def test_importing_the_room_does_not_import_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert out.stdout.split() == ["False"] * 3
+
+
+def test_what_a_row_asks_for_is_told_of_the_row(tmp_path, load):
+    def refuse(metadata):
+        if "rm_type" in metadata:
+            raise ConfigError("reward type, got 'exat': no reward has this name")
+        return False
+
+    path = write(tmp_path / "p.jsonl", [{"input": "a"}, {"input": "b", "metadata": {"rm_type": "exat"}}])
+    with pytest.raises(DataError, match=r"p\.jsonl:2, reward type, got 'exat'"):
+        load(path, require_label=refuse)

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from miles.errors import ConfigError
 from miles.observe import RunDir, Timers, driver_log, tail, write_atomic
 from miles.observe.display import step_line
 
@@ -25,6 +26,12 @@ def test_default_run_dirs_of_the_same_second_differ(tmp_path, monkeypatch):
     second = RunDir.default("a").create()
     assert first.path != second.path
     assert first.path.parent == tmp_path / "runs"
+
+
+def test_a_run_dir_that_cannot_be_made_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--run-dir, got .*/file/run: it cannot be made \(Not a directory\)"):
+        RunDir(tmp_path / "file" / "run").create()
 
 
 def test_timers_add_up_and_start_anew_once_taken():

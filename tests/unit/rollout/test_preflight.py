@@ -39,6 +39,8 @@ def hooks(tmp_path: Path) -> str:
         ),
         ({"rm_type": "boxed_exact"}, "--label-key: --rm-type boxed_exact compares"),
         ({"rm_type": "remote_rm"}, "--rm-url: --rm-type remote_rm asks a service; give its address"),
+        ({"rm_type": "remote_rm", "rm_url": "grader:80"}, "--rm-url, got grader:80: it is no web address"),
+        ({"rm_type": "remote_rm", "rm_url": "http://"}, "--rm-url, got http://: it is no web address"),
         ({"custom_rm_path": "HOOKS:god"}, "did you mean good?"),
         ({"custom_rm_path": "HOOKS:narrow"}, "called with (args, sample)"),
         ({"custom_generate_function_path": "HOOKS:sync_generate"}, "not a coroutine function"),
@@ -75,6 +77,17 @@ def test_rows_that_need_labels(hooks: str) -> None:
     assert by_hook({"rm_type": "boxed_exact"}) is True
     with pytest.raises(ConfigError, match="did you mean exact"):
         by_hook({"rm_type": "exac"})
+
+
+def test_every_row_needs_a_way_to_be_scored(hooks: str) -> None:
+    nameless = label_required(make_config())
+    assert nameless({"rm_type": "random"}) is False
+    with pytest.raises(ConfigError, match=r"reward type, got none: .*; give --rm-type or --custom-rm-path"):
+        nameless({})
+    with pytest.raises(ConfigError, match="it asks a service; give its address as --rm-url"):
+        nameless({"rm_type": "remote_rm"})
+    generates = make_config(custom_generate_function_path=f"{hooks}:generate")
+    assert label_required(generates)({}) is False  # the hook may set the reward
 
 
 def test_an_evaluation_with_a_reward_type_of_its_own_leaves_the_hook(hooks: str) -> None:
