@@ -278,7 +278,8 @@ class MegatronTrainer:
                 metrics[f"train/{name}"] = sum(values)
             else:
                 metrics[f"train/{name}"] = sum(values) / len(values)
-        metrics["train/ratio_first"] = per_step[0]["ratio"]
+        if per_step[0]["scored_tokens"]:  # a step whose rows were all skipped has no ratio
+            metrics["train/ratio_first"] = per_step[0]["ratio"]
         metrics["train/rows_skipped"] = float(sum(total.num_skipped_rows for total in batch.totals))
         metrics["train/global_step"] = float(self.global_step)
         tokens = torch.tensor([float(len(batch.ragged["tokens"]))], dtype=torch.float64, device=self.parallel.device)

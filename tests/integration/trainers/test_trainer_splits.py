@@ -87,6 +87,16 @@ def test_two_ranks_equal_one(tmp_path: Path, qwen3: Path, steps: int) -> None:
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
+def test_a_rollout_of_skipped_rows_alone_reports_no_ratio(tmp_path: Path, qwen3: Path) -> None:
+    whole = make_batch(lengths=[(5, 2)])
+    empty = share(whole, [np.empty(0, np.int64)], 1)
+    with trainer_for(config_for(qwen3), tmp_path) as trainer:
+        metrics = trainer.train(empty)
+    assert metrics["train/scored_tokens"] == 0
+    assert metrics["train/grad_norm"] == 0
+    assert "train/ratio_first" not in metrics
+
+
 def test_a_rank_without_rows_joins_every_collective(tmp_path: Path, qwen3: Path) -> None:
     batch = _stale_batch(qwen3, tmp_path)
     whole = _train(0, 1, 0, qwen3, tmp_path, _FLAGS, [batch])
