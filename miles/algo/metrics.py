@@ -56,15 +56,16 @@ def merge_metrics(left: Mapping[str, Metric], right: Mapping[str, Metric]) -> di
 def finish_metrics(reduced: Mapping[str, tuple[str, torch.Tensor | float]]) -> dict[str, float]:
     """Metrics of one optimizer step, after reduction over all its micro-batches and ranks, as they are logged.
 
-    Divides each `mean` by the total weight (0 where nothing was scored) and replaces the pieces of the effective sample
-    size by `ess = (sum w)^2 / (n * sum w^2)`, the share in (0, 1] of the tokens that importance weighting leaves.
+    Divides each `mean` by the total weight and replaces the pieces of the effective sample size by
+    `ess = (sum w)^2 / (n * sum w^2)`, the share in (0, 1] of the tokens that importance weighting leaves. A step that
+    scored nothing has no means: they are left out, since a 0 would be read as a value.
     """
     values = {name: float(value) for name, (_, value) in reduced.items()}
     weight = values.get(TOTAL_WEIGHT, 0.0)
     finished = {
-        name: (values[name] / weight if weight else 0.0) if kind == "mean" else values[name]
+        name: values[name] / weight if kind == "mean" else values[name]
         for name, (kind, _) in reduced.items()
-        if name not in (TOTAL_WEIGHT, ESS_W, ESS_W2)
+        if name not in (TOTAL_WEIGHT, ESS_W, ESS_W2) and (weight or kind != "mean")
     }
     if ESS_W2 in values:
         denominator = values[ESS_W2] * values[SCORED_TOKENS]

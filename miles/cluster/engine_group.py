@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ray
 
-from miles.config import Config, engine_server_args, eval_datasets
+from miles.config import Config, engine_server_args, eval_datasets, import_plugins
 from miles.engines.launch import EngineProcess, launch_embedded
 from miles.observe import open_process_log
 
@@ -47,6 +47,7 @@ class EngineActor:
     def start(self, token: str, device: str) -> EngineAddress:
         """Returns once the server answers. Raises `EngineError` with the end of its log if it dies first."""
         assert self.config.ckpt.hf_checkpoint is not None
+        import_plugins(self.config)
         self._process = asyncio.run(
             launch_embedded(
                 name=self.name,

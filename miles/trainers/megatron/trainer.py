@@ -268,9 +268,9 @@ class MegatronTrainer:
     def _metrics(
         self, batch: TrainBatch, steps: Sequence[Sequence[MicroBatch]], per_step: Sequence[dict[str, float]]
     ) -> dict[str, float]:
-        """Means over the optimizer steps; the largest of maxima; totals of counts."""
+        """Means over the optimizer steps that have a value; the largest of maxima; totals of counts."""
         metrics: dict[str, float] = {}
-        for name in per_step[0]:
+        for name in dict.fromkeys(name for step in per_step for name in step):
             values = [step[name] for step in per_step if name in step]
             if name.endswith("_max"):
                 metrics[f"train/{name}"] = max(values)
@@ -278,7 +278,7 @@ class MegatronTrainer:
                 metrics[f"train/{name}"] = sum(values)
             else:
                 metrics[f"train/{name}"] = sum(values) / len(values)
-        if per_step[0]["scored_tokens"]:  # a step whose rows were all skipped has no ratio
+        if "ratio" in per_step[0]:  # not where all rows of the first step were skipped
             metrics["train/ratio_first"] = per_step[0]["ratio"]
         metrics["train/rows_skipped"] = float(sum(total.num_skipped_rows for total in batch.totals))
         metrics["train/global_step"] = float(self.global_step)
