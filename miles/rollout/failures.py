@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from miles.errors import TooManyFailures
+import traceback
+from pathlib import Path
+
+from miles.errors import MilesError, TooManyFailures
+
+_PACKAGE = Path(__file__).parents[1]
 
 #: A group is begun this many times at most before its failure stops the run.
 MAX_GROUP_ATTEMPTS = 3
 #: Aborts (a pause, a shutdown) are nobody's failure, but a group that is aborted this often will never finish.
 MAX_GROUP_ABORTS = 10
+
+
+def explain(error: BaseException) -> str:
+    """What a user needs of `error`: the line of an error that is raised on purpose; of any other the traceback from
+    where the user's code begins, or all of it where that is never entered."""
+    if isinstance(error, MilesError):
+        return f"{type(error).__name__}: {error}"
+    whole = traceback.TracebackException.from_exception(error)
+    theirs = next((i for i, f in enumerate(whole.stack) if _PACKAGE not in Path(f.filename).parents), 0)
+    whole.stack = traceback.StackSummary.from_list(whole.stack[theirs:])
+    return "".join(whole.format())
 
 
 class FailureLedger:

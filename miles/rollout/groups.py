@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from miles.errors import EngineError, WaitTimeout
 from miles.types import Sample, SampleGroup, Status
 
 from .context import GenerationContext, Runtime, installed
-from .failures import FailureLedger
+from .failures import FailureLedger, explain
 from .generate import generate_group
 from .rewards.scorer import RewardSource, Scorer, fail
 from .sampling import Sampling
@@ -136,7 +135,7 @@ class GroupRunner:
         except (EngineError, WaitTimeout) as error:
             for i, sample in enumerate(samples):
                 samples[i] = _failed(sample, contexts[i], error)
-            return [[sample] for sample in samples], [traceback.format_exc()]
+            return [[sample] for sample in samples], [explain(error)]
         return [[sample] for sample in samples], []
 
     async def _generate_one(self, context: GenerationContext, sample: Sample) -> tuple[SampleGroup, str]:
@@ -155,7 +154,7 @@ class GroupRunner:
                 error = TimeoutError(
                     f"{self._hook_name} took longer than --custom-generate-timeout {self._hook_limit_s:g} s"
                 )
-            return [_failed(original, context, error)], traceback.format_exc()
+            return [_failed(original, context, error)], explain(error)
 
     async def _score(
         self, job: GroupJob, contexts: Sequence[GenerationContext], trajectories: list[SampleGroup]

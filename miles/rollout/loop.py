@@ -117,6 +117,9 @@ class GroupRollout:
                     self._on_progress(len(kept), self._target, tokens)
         except BaseException:
             await self._stop(waiting)
+            for slot in waiting:  # one failure is raised; asyncio would report the others as forgotten
+                if slot.task.done() and not slot.task.cancelled():
+                    slot.task.exception()
             self._give_back(submitted)
             raise
         await self._stop(waiting)

@@ -36,8 +36,8 @@ _GRACE_S = 0.5
 #: Seconds for a worker to import everything. Slow disks and heavy hooks are common; hanging imports are rare.
 _START_LIMIT_S = 180.0
 _CLOSE_LIMIT_S = 2.0
-#: A hook that never answered is given up after so many calls for each worker, and no sooner than the first of them could
-#: be repeated to its end. Were every sample of a batch to run into the time limit, the failure policy would speak up only
+#: A hook that never answered is given up after so many calls for each worker, and where it hangs no sooner than the first
+#: call could be repeated to its end. Were every sample of a batch to run into the time limit, the failure policy would speak up only
 #: after hours.
 _SILENT_CALLS_PER_WORKER = 2
 
@@ -249,7 +249,8 @@ class RewardPool:
         self._silent[target] += len(silent)
         if target in self._answered or self._silent[target] < _SILENT_CALLS_PER_WORKER * self._num_workers:
             return
-        if not silent or time.monotonic() - self._first_call[target] < timeout_s * (1 + self._max_retries):
+        waited_s = time.monotonic() - self._first_call[target]
+        if not silent or (silent[-1].timeout and waited_s < timeout_s * (1 + self._max_retries)):
             return
         async with self._changed:
             self._broken = HookError(

@@ -13,13 +13,13 @@ import asyncio
 import inspect
 import logging
 import math
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from miles.errors import HookError, MilesError
 from miles.interfaces import Args
+from miles.rollout.failures import explain
 from miles.types import Sample, Status
 
 from . import registry
@@ -77,7 +77,7 @@ class Scorer:
                     samples[i].reward = verdict
             except MilesError as error:
                 fail(samples[i], error)
-                tracebacks.append(traceback.format_exc())
+                tracebacks.append(explain(error))
         waits = [self._score_inline(samples[i], seeds[i], rule, name) for i, rule, name in inline]
         waits += [
             self._score_in_worker([samples[i] for i in group], [seeds[i] for i in group], target, source)
@@ -111,7 +111,7 @@ class Scorer:
             (sample.reward,) = check_rewards([result], 1, rm_type)
         except Exception as error:
             fail(sample, error)
-            return [traceback.format_exc()]
+            return [explain(error)]
         return []
 
     def _limit_s(self, rule: Rule | None) -> float:
@@ -134,9 +134,7 @@ class Scorer:
                 evaluation=source.evaluation,
             )
         except TypeError as error:
-            outcomes = [Failed(f"a sample cannot be sent to a reward worker: {error}", traceback.format_exc())] * len(
-                items
-            )
+            outcomes = [Failed(f"a sample cannot be sent to a reward worker: {error}")] * len(items)
         tracebacks: list[str] = []
         for batch, outcome in zip(batches, outcomes, strict=True):
             if isinstance(outcome, Scored):

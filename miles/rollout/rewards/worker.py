@@ -23,6 +23,7 @@ from typing import Any
 from miles.config import args_view, config_from_dict, import_plugins
 from miles.errors import HookError
 from miles.interfaces import Args
+from miles.rollout.failures import explain
 from miles.types import Sample
 
 from . import frames, registry
@@ -81,7 +82,7 @@ class Worker:
             reply = frames.encode({**where, "error": str(error), "traceback": "", "timeout": True})
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            reply = frames.encode({**where, "error": text, "traceback": traceback.format_exc(), "timeout": False})
+            reply = frames.encode({**where, "error": text, "traceback": explain(error), "timeout": False})
         self._replies.write(reply)
         self._replies.flush()
 
@@ -92,7 +93,10 @@ class Worker:
         if target.kind == "rule":
             offered["response"] = registry.graded_text(target.name, samples[0])
         assert self._args is not None
-        result = registry.call(function, self._args, samples if target.group else samples[0], **offered)
+        try:
+            result = registry.call(function, self._args, samples if target.group else samples[0], **offered)
+        except TimeoutError as error:  # the hook's own
+            raise HookError(f"TimeoutError: {error}") from error
         if inspect.isawaitable(result):
             try:
                 async with asyncio.timeout(call["timeout_s"]):
@@ -114,8 +118,8 @@ def check_rewards(rewards: Any, num_samples: int, name: str) -> list[Any]:
 
 
 def _check_reward(reward: Any, name: str) -> Any:
-    if isinstance(reward, dict):
-        return reward
+    if isinstance(reward, dict):  # numbers of numpy and torch become Python's
+        return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in reward.items()}
     try:
         if isinstance(reward, str | bytes):
             raise TypeError

@@ -6,14 +6,18 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from miles.config import args_view, make_config
+from miles.config import args_view, load_hook, make_config
 from miles.errors import ConfigError
+from miles.rollout.failures import explain
 from miles.rollout.rewards import find, register_reward, registry
 from miles.rollout.rewards.scorer import RewardSource, Scorer
+from miles.rollout.rewards.worker import check_rewards
 from miles.rollout.watchdog import LoopWatchdog
 from miles.types import Sample, Status
 
@@ -100,3 +104,32 @@ async def test_the_entry_that_trains_must_be_a_finite_number() -> None:
         finally:
             registry._rules.pop("odd")
         assert f"got {value!r} in 'acc': it must be a finite number" in error
+
+
+def test_a_failure_is_told_from_where_the_users_code_begins(tmp_path: Path) -> None:
+    hook = tmp_path / "hook.py"
+    hook.write_text("def reward(args, sample):\n    return helper()\ndef helper():\n    raise KeyError('answer')\n")
+    reward = load_hook(f"{hook}:reward", flag="--custom-rm-path", parameters=("args", "sample"))
+
+    def told(call: Callable[[], Any]) -> str:
+        try:
+            call()
+        except Exception as error:
+            return explain(error)
+        raise AssertionError
+
+    text = told(lambda: registry.call(reward, None, None))
+    assert text.endswith("in helper\n    raise KeyError('answer')\nKeyError: 'answer'\n")
+    # Only frames of the package go; this test is a user's code to it.
+    assert f'File "{__file__}"' in text
+    assert told(lambda: check_rewards([1.0], 2, "my.hook")) == (
+        "HookError: my.hook, got 1 rewards for 2 samples: return a list with one reward for each"
+    )
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    import numpy as np
+    import torch
+
+    given = {"a": torch.tensor(0.5), "b": np.float64(0.25), "c": "text"}
+    assert check_rewards([given], 1, "h") == [{"a": 0.5, "b": 0.25, "c": "text"}]
