@@ -6,7 +6,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from miles.config import Problem
+from miles.config import Problem, suggestion
+from miles.config.hf import FAMILIES
 from miles.config.platform import detect_platform
 
 if TYPE_CHECKING:
@@ -83,8 +84,19 @@ def _norm_epsilon(config: Config) -> Problem | None:
     return None
 
 
+def _model_name(config: Config) -> Problem | None:
+    name = config.ckpt.model_name
+    if name is None or name in FAMILIES:
+        return None
+    known = f"choose one of {', '.join(sorted(FAMILIES))}, or leave it out"
+    return Problem(
+        "--model-name", name, "no weight names are known for it", suggestion(name, FAMILIES, otherwise=known)
+    )
+
+
 _RULES: tuple[Callable[[Config], Problem | None], ...] = (
     _spec_resolves,
+    _model_name,
     _chunk_size,
     _attention_kernels,
     _nccl_needs_gpu,

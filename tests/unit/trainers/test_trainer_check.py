@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from miles.config import make_config
 from miles.config.groups import Config
 from miles.trainers import check
 
@@ -42,3 +43,17 @@ def test_checking_imports_neither_torch_nor_megatron() -> None:
     code = "import sys, miles.trainers, miles.config.groups as g; miles.trainers.check(g.Config()); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+def test_an_unknown_model_name_is_found_before_any_process_starts():
+    (problem,) = check(make_config(model_name="qwen33"))
+    assert "--model-name, got qwen33" in str(problem)
+    assert "qwen3" in problem.fix
+    assert check(make_config(model_name="qwen3")) == []
+
+
+def test_every_family_of_the_config_has_weight_names_in_the_trainer():
+    from miles.config.hf import FAMILIES
+    from miles.trainers.megatron.hf_names import model_kinds
+
+    assert set(FAMILIES) == set(model_kinds)
