@@ -62,7 +62,12 @@ def _load_prompts(config: Config) -> PromptData | None:
         require_tokens=flags.custom_generate_function_path is None,
     )
     if not prompts.prompts:
-        raise DataError(
-            f"--prompt-data {flags.prompt_data}, got no prompt to train on ({prompts.skipped} too long): raise --rollout-max-prompt-len"
-        )
+        raise DataError(_no_prompts(flags.prompt_data, prompts.skipped, flags.rollout_max_prompt_len))
     return prompts
+
+
+def _no_prompts(spec: str, too_long: int, limit: int | None) -> str:
+    what = f"--prompt-data, got {spec}: "
+    if too_long:
+        return f"{what}all {too_long} prompts are longer than {limit} tokens; raise --rollout-max-prompt-len"
+    return f"{what}there is no row in it; give a file, or a slice of one, that has rows"
