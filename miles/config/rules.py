@@ -561,6 +561,11 @@ def stop_ids_are_tokens(facts: Facts) -> Iterator[Problem]:
         yield Problem("--rollout-stop-token-ids", " ".join(map(str, bad)), why, "give ids of the tokenizer")
 
 
+def stop_strings_say_something(facts: Facts) -> Iterator[Problem]:
+    if "" in (facts.config.rollout.rollout_stop or ()):
+        yield Problem("--rollout-stop", "''", "every answer holds the empty text", "give the text to stop at")
+
+
 def engine_flags(facts: Facts) -> Iterator[Problem]:
     yield from check_engine_args(facts.config)
 
@@ -682,6 +687,7 @@ RULES: tuple[Rule, ...] = (
     templates_name_the_rollout,
     spec_is_module_and_function,
     stop_ids_are_tokens,
+    stop_strings_say_something,
     engine_flags,
 )
 

@@ -15,6 +15,10 @@ from miles.errors import ConfigError
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"rollout_top_p": 0.0}, "--rollout-top-p, got 0: it must be more than 0 and at most 1; choose such a value"),
     ({"rollout_top_p": 1.5}, "--rollout-top-p, got 1.5: it must be more than 0 and at most 1"),
+    (
+        {"rollout_stop": ["a", ""]},
+        "--rollout-stop, got '': every answer holds the empty text; give the text to stop at",
+    ),
     ({"entropy_coef": float("nan")}, "--entropy-coef, got nan: it must be a finite number"),
     ({"lr": float("inf")}, "--lr, got inf: it must be at least 0"),
     ({"rm_timeout": 0.0}, "--rm-timeout, got 0: it must be more than 0"),
