@@ -198,13 +198,13 @@ class App:
 
     def summary(self) -> None:
         """Before and after, and where to look."""
-        history = self.tracker.history
-        names = sorted({k for line in history for k in line if k.startswith("eval/") and k.count("/") == 1})
-        rows = []
-        for key in ["rollout/raw_reward", *names]:
-            values = [line[key] for line in history if key in line]
-            if len(values) > 1:
-                rows.append((key, f"{values[0]:.3f}", f"{values[-1]:.3f}", f"{values[-1] - values[0]:+.3f}"))
+        first, last = self.tracker.first, self.tracker.last
+        scores = sorted(key for key in last if key.startswith("eval/") and key.count("/") == 1)
+        rows = [
+            (key, f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}")
+            for key in ("rollout/raw_reward", *scores)
+            if key in last
+        ]
         if rows:
             self.display.table("before and after", ("metric", "before", "after", "gain"), rows)
         self.display.note(f"run directory: {self.run_dir.path}")

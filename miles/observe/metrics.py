@@ -62,7 +62,10 @@ class Tracker:
         self._file = file
         self._sinks = list(sinks)
         self._pending: dict[str, float] = {}
-        self.history: list[dict[str, float]] = []
+        self.first: dict[str, float] = {}
+        """The first value of each key in this process's life."""
+        self.last: dict[str, float] = {}
+        """The newest value of each key."""
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Keeps values for the line that `flush` writes; a later value of the same key wins."""
@@ -72,7 +75,8 @@ class Tracker:
         """Writes everything added since the last flush as the line of `step` and returns it."""
         metrics, self._pending = self._pending, {}
         self._file.log(step, metrics)
-        self.history.append({"step": step, **metrics})
+        self.first = {**metrics, **self.first}
+        self.last.update(metrics)
         for sink in tuple(self._sinks):
             try:
                 sink.log(step, metrics)

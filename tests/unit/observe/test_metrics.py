@@ -64,3 +64,12 @@ def test_a_sink_that_raises_is_switched_off_and_the_others_go_on(tmp_path):
     assert Broken.calls == 1
     assert good.seen == [(s, {"x": s + 10, "y": 1}) for s in range(3)]
     assert [line["x"] for line in MetricsFile.read(tmp_path / "m.jsonl")] == [10, 11, 12]
+
+
+def test_the_tracker_remembers_the_first_and_the_newest_value_of_each_key(tmp_path):
+    tracker = Tracker(MetricsFile(tmp_path / "m.jsonl"))
+    for step, metrics in enumerate([{"a": 1.0}, {"a": 2.0, "b": 5.0}, {"b": 6.0}]):
+        tracker.add(metrics)
+        tracker.flush(step)
+    assert tracker.first == {"a": 1.0, "b": 5.0}
+    assert tracker.last == {"a": 2.0, "b": 6.0}
