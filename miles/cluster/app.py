@@ -5,8 +5,8 @@
       ├─ EngineGroup       one actor per engine, each with a server process that speaks SGLang's protocol
       └─ RolloutManager    one actor: data source, rewards, batch plan; talks HTTP to the engines
 
-Which parts exist (a debug run has no engines, or no trainers) is decided here, once: an absent part is an object that
-does nothing, so the loops have no branches.
+Which parts exist is decided here, once: the verbs of a part that a debug run leaves out (engines, or trainers) do
+nothing, so the loops have no branches.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import contextlib
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles.config import Config, Resolution, config_to_dict, eval_datasets
-from miles.errors import MilesError, UserError
+from miles.errors import CheckpointError, MilesError, UserError
 from miles.observe import Display, MetricsFile, RunDir, Timers, Tracker
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class App:
         self.start = self.trainers.start(self._total_optimizer_steps(), self.run_dir.path) if self.trainers else 0
         state = self.trainers.loaded_extra() if self.trainers else {}
         dp_size = self.trainers.world_size if self.trainers else 1
-        self.rollout_manager.start(self.engines, dp_size, state.get("rollout", {}))
+        data_state = data_state_of(state, start=self.start, has_prompts=self._prepared.prompts is not None)
+        self.rollout_manager.start(self.engines, dp_size, data_state)
         if self.start >= self.num_rollout:
             raise UserError(
                 f"--num-rollout, got {self.num_rollout}: the checkpoint in --load has {self.start} rollouts already, "
@@ -208,3 +209,17 @@ class App:
         if rows:
             self.display.table("before and after", ("metric", "before", "after", "gain"), rows)
         self.display.note(f"run directory: {self.run_dir.path}")
+
+
+def data_state_of(extra: Mapping[str, Any], *, start: int, has_prompts: bool) -> dict[str, Any]:
+    """The rollout manager's part of a checkpoint's `extra`; empty for a run that starts at rollout 0.
+
+    Raises `CheckpointError` where a run that reads prompts would continue without knowing how far they were read.
+    """
+    state: dict[str, Any] = extra.get("rollout", {})
+    if start and has_prompts and not state:
+        raise CheckpointError(
+            f"--load, got a checkpoint of {start} rollouts without a data state: a replay (--load-debug-rollout-data) saved "
+            f"it, so going on would begin the prompts anew; name it as --ref-load to start a new run from its weights"
+        )
+    return state

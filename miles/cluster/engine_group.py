@@ -97,9 +97,7 @@ class EngineGroup:
         self.processes = [
             Process(
                 f"engine-{i}",
-                actor(EngineActor)
-                .options(**placement.options(bundles[0], role="engine"))
-                .remote(config, f"engine-{i}", logs),
+                actor(EngineActor).options(**placement.options(bundles[0])).remote(config, f"engine-{i}", logs),
                 logs / f"engine-{i}.log",
             )
             for i, bundles in enumerate(placement.layout.engine_bundles)

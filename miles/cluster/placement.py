@@ -75,8 +75,8 @@ class Placement:
     """Position in node-and-GPU order -> Ray's bundle index."""
     use_gpu: bool
 
-    def options(self, bundle: int, *, role: str) -> dict[str, Any]:
-        """Ray options of the actor of `role` ("actor" or "engine") in `bundle`."""
+    def options(self, bundle: int) -> dict[str, Any]:
+        """Ray options of an actor, trainer or engine, in `bundle`."""
         # Two processes share a colocated GPU: Ray must see two fractions, the process sees the whole device.
         share = 0.4 if self.layout.colocate else 1.0
         resources = {"num_gpus": share, "num_cpus": share} if self.use_gpu else {"num_cpus": CPU_PER_RANK / 2}

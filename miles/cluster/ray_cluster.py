@@ -24,8 +24,6 @@ import psutil
 
 from . import guardian
 
-logger = logging.getLogger(__name__)
-
 _PREFIX = "miles-ray-"
 #: Shared memory that the object store of a CPU run may take; a rollout's batches are a few MB.
 _CPU_OBJECT_STORE_BYTES = 512 * 1024**2

@@ -10,7 +10,6 @@ complete, however far it was read since.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +38,6 @@ from .actors import actor, all_stacks, control
 from .engine_group import EngineAddress
 from .placement import Placement
 from .waits import Process, wait_for
-
-logger = logging.getLogger(__name__)
 
 #: Every so many rollouts all rows are scored by the trainer, also those whose gradient is zero, so that the metrics'
 #: population is the whole batch.
@@ -87,8 +84,6 @@ class RolloutManagerActor:
     async def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
         """Connects to the engines and, when the run continues a checkpoint, takes up its `state`."""
         self.dp_size, self._loop = dp_size, asyncio.get_running_loop()
-        args = args_view(self.config)
-        self.args = args
         if self.source is not None:
             if state:
                 self.source.load_state_dict(state["source"])
@@ -99,7 +94,7 @@ class RolloutManagerActor:
                 source=self.source,
                 pool=EnginePool(clients, self.config.sglang.sglang_server_concurrency),
                 tokenizer=self.tokenizer,
-                args=args,
+                args=args_view(self.config),
             )
             self._rollout.on_progress = self._note_progress
             await self._rollout.start()

@@ -8,7 +8,6 @@ driver --save(directory)------> every rank writes its shards, then the main rank
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +30,12 @@ from .engine_group import EngineAddress
 from .placement import Placement
 from .waits import Process, wait_for
 
-logger = logging.getLogger(__name__)
-
 
 class TrainerActor:
     """One rank. Its methods are called on all ranks together, in the same order."""
 
     def __init__(self, config: Config, rank: int, logs: Path):
-        self.log = open_process_log(logs, f"trainer-{rank}")
+        open_process_log(logs, f"trainer-{rank}")
         self.config, self.rank = config, rank
         self._loop = asyncio.new_event_loop()
         self._transport: SharedMemoryTransport | None = None
@@ -135,7 +132,7 @@ class TrainerGroup:
             Process(
                 f"trainer-{rank}",
                 actor(TrainerActor)
-                .options(**placement.options(bundle, role="actor"), runtime_env={"env_vars": env})
+                .options(**placement.options(bundle), runtime_env={"env_vars": env})
                 .remote(config, rank, logs),
                 logs / f"trainer-{rank}.log",
             )
@@ -146,9 +143,9 @@ class TrainerGroup:
     def world_size(self) -> int:
         return len(self.processes)
 
-    def _all(self, what: str, call: Callable[[Any, int], ray.ObjectRef], *, limit_s: float | None = None) -> list[Any]:
+    def _all(self, what: str, call: Callable[[Any, int], ray.ObjectRef]) -> list[Any]:
         calls = {process: call(process.handle, rank) for rank, process in enumerate(self.processes)}
-        return wait_for(calls, what=what, limit_s=limit_s or self._limit_s)
+        return wait_for(calls, what=what, limit_s=self._limit_s)
 
     def start(self, total_steps: int, run_dir: Path) -> int:
         """Returns the rollout to begin with, on which all ranks agree."""
@@ -159,7 +156,6 @@ class TrainerGroup:
         starts = self._all(
             "the trainers to load",
             lambda h, rank: h.start.remote(self.world_size, rank % per_node, address, total_steps, run_dir),
-            limit_s=max(limit_s, self._limit_s),
         )
         if len(set(starts)) != 1:
             raise UserError(

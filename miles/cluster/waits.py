@@ -7,7 +7,6 @@ nothing moves for too long says who was waited for, since when, and what the oth
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ import ray
 
 from miles.errors import MilesError, ProcessDied, WaitTimeout
 from miles.observe import tail
-
-logger = logging.getLogger(__name__)
 
 #: How often the driver looks at a long wait: for progress, and to notice that nothing moves.
 _POLL_S = 0.25

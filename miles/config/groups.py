@@ -319,7 +319,7 @@ class ClusterArgs:
     update_weight_buffer_size: int = 512 * 1024**2
     """Bytes of one weight bucket."""
     start_timeout: float = 120.0
-    """Seconds until every process of the run must be up."""
+    """Seconds for each process of the run to be up; trainers that load a checkpoint then have --wait-timeout."""
     wait_timeout: float = 1800.0
     """Seconds without progress after which a wait of the driver on another process is an error that names it."""
     deterministic_mode: bool = False

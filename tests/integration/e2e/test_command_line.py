@@ -81,3 +81,10 @@ def test_a_placement_that_does_not_fit_fails_fast(task, tmp_path):
     assert done.returncode in (1, 2)
     assert "asked" in done.stderr or "4000" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_start_that_takes_too_long_is_an_error_that_names_the_flag(task, tmp_path):
+    done = command(*flags(task, start_timeout=0.01), "--run-dir", str(tmp_path / "r"))
+    assert done.returncode == 1
+    assert "--start-timeout" in done.stderr
+    assert "Traceback" not in done.stderr

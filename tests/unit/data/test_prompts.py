@@ -262,3 +262,8 @@ def test_what_a_row_asks_for_is_told_of_the_row(tmp_path, load):
     path = write(tmp_path / "p.jsonl", [{"input": "a"}, {"input": "b", "metadata": {"rm_type": "exat"}}])
     with pytest.raises(DataError, match=r"p\.jsonl:2, reward type, got 'exat'"):
         load(path, require_label=refuse)
+
+
+def test_the_metadata_column_may_have_another_name(tmp_path, load):
+    path = write(tmp_path / "p.jsonl", [{"input": "1+1=", "extra": {"rm_type": "math"}, "metadata": {"no": 1}}])
+    assert load(path, metadata_key="extra").prompts[0].metadata == {"rm_type": "math"}

@@ -6,6 +6,7 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miles.config import eval_datasets, make_config
 from miles.rollout.sampling import Sampling
 from miles.rollout.seeds import sample_seed
 
@@ -50,3 +51,37 @@ def test_params_and_the_context_limit() -> None:
     assert sampling.fit(params, 500)["max_new_tokens"] == 0
     assert Sampling(1, 1, -1, None, 50).fit({}, 20)["max_new_tokens"] == 30
     assert "max_new_tokens" not in Sampling(1, 1, -1, None, None).fit({}, 20)
+
+
+def test_every_sampling_flag_reaches_the_request() -> None:
+    config = make_config(
+        rollout_temperature=0.7,
+        rollout_top_p=0.9,
+        rollout_top_k=20,
+        rollout_max_response_len=9,
+        rollout_skip_special_tokens=True,
+        rollout_stop=["x"],
+        rollout_stop_token_ids=[5],
+        eval_interval=1,
+        eval_prompt_data=["a", "a.jsonl"],
+        eval_temperature=0.1,
+        eval_top_p=0.5,
+        eval_top_k=3,
+        eval_max_response_len=4,
+        num_rollout=1,
+        rollout_batch_size=1,
+    )
+    train = {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 20,
+        "max_new_tokens": 9,
+        "skip_special_tokens": True,
+        "stop": ["x"],
+        "stop_token_ids": [5],
+        "sampling_seed": 1,
+    }
+    assert Sampling.for_training(config).params(1) == train
+    (dataset,) = eval_datasets(config)
+    changed = {"temperature": 0.1, "top_p": 0.5, "top_k": 3, "max_new_tokens": 4}
+    assert Sampling.for_evaluation(config, dataset).params(1) == {**train, **changed}

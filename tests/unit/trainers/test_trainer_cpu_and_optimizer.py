@@ -12,7 +12,7 @@ import torch
 from miles.config.groups import OptimizerArgs
 from miles.errors import ConfigError
 from miles.trainers.megatron import cpu
-from miles.trainers.megatron.optimizer import GroupStepAdamW, GuardedStep, build_schedule
+from miles.trainers.megatron.optimizer import GroupStepAdamW, GuardedStep, build_schedule, follow_flags
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")
 
@@ -81,3 +81,9 @@ def test_a_non_finite_norm_never_reaches_the_optimizer() -> None:
     untouched: Any = None
     with pytest.raises(ValueError, match="gradient norm, got nan"):
         GuardedStep(untouched, 1.0).apply(math.nan)
+
+
+def test_adams_flags_are_the_groups() -> None:
+    optimizer: Any = SimpleNamespace(param_groups=[{}])
+    follow_flags(OptimizerArgs(lr=0.5, min_lr=0.25, adam_beta1=0.8, adam_beta2=0.7, adam_eps=1e-3), optimizer)
+    assert optimizer.param_groups == [{"max_lr": 0.5, "min_lr": 0.25, "betas": (0.8, 0.7), "eps": 1e-3}]
