@@ -1,7 +1,8 @@
 """Which row goes to which optimizer step, data-parallel rank and micro-batch: one pure, deterministic function.
 
-    rows of a step --(contiguous | balanced by tokens)--> ranks --(--micro-batch-size | token budget)--> micro-batches
+    rows of a step --> units --(contiguous | balanced by tokens)--> ranks --(--micro-batch-size | token budget)--> micro-batches
 
+A *unit* is what a loss must see at once, such as the two rows of a pair: it stays in one micro-batch. As a rule a row is one.
 Every rank of a step gets the same number of micro-batches, since each of them is a round of collectives; what is missing is
 filled with empty ones.
 """
@@ -9,6 +10,7 @@ filled with empty ones.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +29,7 @@ def plan_batch(
     step_of_row: Sequence[int] | np.ndarray,
     dp_size: int,
     *,
+    unit_of_row: Sequence[int] | np.ndarray | None = None,
     micro_batch_size: int | None = None,
     max_tokens: int | None = None,
     balance: bool = False,
@@ -35,10 +38,11 @@ def plan_batch(
     """Places every row exactly once.
 
     lengths: [B] tokens of each row. step_of_row: [B] optimizer step, from 0; num_steps defaults to the largest plus one, and
-    a step without rows still has one empty micro-batch a rank. Exactly one of micro_batch_size (rows) and max_tokens
-    (tokens of a micro-batch; exceeded only by a row that alone exceeds it, which then stands alone) is given.
-    balance=False deals a step's rows to the ranks in order, as evenly as counts allow; balance=True evens out tokens: ranks
-    of a step differ by at most the longest row. Raises ValueError on inputs that break these rules.
+    a step without rows still has one empty micro-batch a rank. unit_of_row: [B] any number that rows of one unit, which are of
+    one step, share; None: every row is one. Exactly one of micro_batch_size (rows) and max_tokens (tokens of a micro-batch) is
+    given; only a unit that alone exceeds it does, and then stands alone.
+    balance=False deals a step's units to the ranks in order, as evenly as counts allow; balance=True evens out tokens: ranks
+    of a step differ by at most the longest unit. Raises ValueError on inputs that break these rules.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     step_of_row = np.asarray(step_of_row, dtype=np.int64)
@@ -60,21 +64,64 @@ def plan_batch(
     elif num_steps < used:
         raise ValueError(f"num_steps, got {num_steps}: a row belongs to step {used - 1}")
 
+    units = _Units.of(lengths, unit_of_row)
+    step_of_unit = step_of_row[units.first]
+    if unit_of_row is not None and (step_of_unit[units.of_row] != step_of_row).any():
+        raise ValueError(
+            "unit_of_row, got a unit with rows of two steps: it is trained on at once; keep it in one step"
+        )
     steps = []
     for step in range(num_steps):
-        rows = np.flatnonzero(step_of_row == step)
-        ranks = balanced_parts(lengths[rows], dp_size) if balance else np.array_split(np.arange(len(rows)), dp_size)
-        rows_of_rank = [rows[part] for part in ranks]
+        mine = np.flatnonzero(step_of_unit == step)
+        parts = (
+            balanced_parts(units.tokens[mine], dp_size) if balance else np.array_split(np.arange(len(mine)), dp_size)
+        )
+        units_of_rank = [mine[part] for part in parts]
         if max_tokens is None:
             assert micro_batch_size is not None
-            micro = [_by_count(mine, micro_batch_size) for mine in rows_of_rank]
+            micro = [_by_count(own, units.rows, micro_batch_size) for own in units_of_rank]
         else:
-            micro = _by_tokens(rows_of_rank, lengths, max_tokens)
+            micro = _by_tokens(units_of_rank, units.tokens, max_tokens)
         # A step without rows is still a step: the optimizer's momentum moves the weights.
         count = max(1, *map(len, micro))
         empty = np.empty(0, dtype=np.int64)
-        steps.append(tuple(tuple(mine + [empty] * (count - len(mine))) for mine in micro))
+        steps.append(tuple((*map(units.members, own), *[empty] * (count - len(own))) for own in micro))
     return Plan(tuple(steps))
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The units `U` of rows `B`, in order of their first rows."""
+
+    of_row: np.ndarray
+    """[B]"""
+    first: np.ndarray
+    """[U] first row."""
+    tokens: np.ndarray
+    """[U]"""
+    rows: np.ndarray
+    """[U] number of rows."""
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, unit_of_row: Sequence[int] | np.ndarray | None) -> _Units:
+        if unit_of_row is None:
+            all_rows = np.arange(len(lengths))
+            return cls(all_rows, all_rows, lengths, np.ones_like(lengths))
+        given = np.asarray(unit_of_row, dtype=np.int64)
+        if given.shape != lengths.shape:
+            raise ValueError(f"unit_of_row, got shape {given.shape} for {len(lengths)} rows: it must be [B]")
+        _, first, inverse, rows = np.unique(given, return_index=True, return_inverse=True, return_counts=True)
+        order = np.argsort(first)
+        of_row = np.argsort(order)[inverse]
+        tokens = np.zeros(len(first), dtype=np.int64)
+        np.add.at(tokens, of_row, lengths)
+        return cls(of_row, first[order], tokens, rows[order])
+
+    def members(self, units: np.ndarray) -> np.ndarray:
+        """Their rows, ascending."""
+        if len(self.first) == len(self.of_row):
+            return units
+        return np.flatnonzero(np.isin(self.of_row, units))
 
 
 def balanced_parts(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
@@ -103,39 +150,45 @@ def balanced_parts(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
     return [np.array(sorted(part), dtype=np.int64) for part in heap[0][3]]
 
 
-def _by_count(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _by_count(units: np.ndarray, rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """In order, as many units into each micro-batch as hold `size` rows, and at least one."""
+    ends = np.cumsum(rows[units])
+    cuts = [0]
+    while cuts[-1] < len(units):
+        before = ends[cuts[-1] - 1] if cuts[-1] else 0
+        cuts.append(max(int(np.searchsorted(ends, before + size, side="right")), cuts[-1] + 1))
+    return [units[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
-def _by_tokens(rows_of_rank: Sequence[np.ndarray], lengths: np.ndarray, max_tokens: int) -> list[list[np.ndarray]]:
+def _by_tokens(units_of_rank: Sequence[np.ndarray], tokens: np.ndarray, max_tokens: int) -> list[list[np.ndarray]]:
     """Micro-batches under the token budget for each rank of a step: as few as the fullest rank needs, evenly filled."""
-    packed = [_first_fit_decreasing(rows, lengths[rows], max_tokens) for rows in rows_of_rank]
+    packed = [_first_fit_decreasing(units, tokens[units], max_tokens) for units in units_of_rank]
     count = max(map(len, packed))
     return [
-        _evenly_filled(rows, lengths[rows], count, max_tokens) or bins
-        for rows, bins in zip(rows_of_rank, packed, strict=True)
+        _evenly_filled(units, tokens[units], count, max_tokens) or bins
+        for units, bins in zip(units_of_rank, packed, strict=True)
     ]
 
 
-def _first_fit_decreasing(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Each row, longest first, into the first bin with room: at most 11/9 of the fewest bins, plus one."""
+def _first_fit_decreasing(units: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Each unit, longest first, into the first bin with room: at most 11/9 of the fewest bins, plus one."""
     room: list[int] = []
     bins: list[list[int]] = []
     for i in np.argsort(-lengths, kind="stable"):
         length = int(lengths[i])
         fitting = next((b for b, free in enumerate(room) if free >= length), None)
         if fitting is None:
-            room.append(max_tokens - length)  # negative for a row that alone exceeds the budget: nothing joins it
-            bins.append([int(rows[i])])
+            room.append(max_tokens - length)  # negative for a unit that alone exceeds the budget: nothing joins it
+            bins.append([int(units[i])])
         else:
             room[fitting] -= length
-            bins[fitting].append(int(rows[i]))
+            bins[fitting].append(int(units[i]))
     return [np.array(sorted(b), dtype=np.int64) for b in bins]
 
 
-def _evenly_filled(rows: np.ndarray, lengths: np.ndarray, count: int, max_tokens: int) -> list[np.ndarray] | None:
-    """The rows in `count` bins of nearly equal tokens, or None where that breaks the budget or leaves bins empty."""
-    parts = balanced_parts(lengths, count) if 0 < count <= len(rows) else []
+def _evenly_filled(units: np.ndarray, lengths: np.ndarray, count: int, max_tokens: int) -> list[np.ndarray] | None:
+    """The units in `count` bins of nearly equal tokens, or None where that breaks the budget or leaves bins empty."""
+    parts = balanced_parts(lengths, count) if 0 < count <= len(units) else []
     if not parts or any(lengths[part].sum() > max_tokens or not len(part) for part in parts):
         return None
-    return [rows[part] for part in parts]
+    return [units[part] for part in parts]

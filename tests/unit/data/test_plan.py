@@ -16,6 +16,24 @@ def lists(plan: Plan):
 
 
 @st.composite
+def unit_numbers(draw, step_of_row):
+    """None, or units of rows that need not be neighbours, numbered in no order."""
+    if draw(st.booleans()):
+        return None
+    name = draw(st.permutations(range(64)))
+    return [name[4 * draw(st.integers(0, 9)) + step] for step in step_of_row]
+
+
+def units_of(batch):
+    """Unit -> its rows."""
+    names = batch["unit_of_row"] or range(len(batch["lengths"]))
+    found = {}
+    for row, name in enumerate(names):
+        found.setdefault(name, []).append(row)
+    return found
+
+
+@st.composite
 def batches(draw):
     rows = draw(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3)), max_size=40))
     limit = draw(st.integers(1, 400))
@@ -25,6 +43,7 @@ def batches(draw):
         "step_of_row": [step for _, step in rows],
         "dp_size": draw(st.integers(1, 5)),
         "balance": draw(st.booleans()),
+        "unit_of_row": draw(unit_numbers([step for _, step in rows])),
         "max_tokens" if dynamic else "micro_batch_size": limit if dynamic else draw(st.integers(1, 8)),
     }
 
@@ -43,10 +62,21 @@ def test_every_row_once_in_its_step_with_equal_counts_under_the_limit(batch):
             assert all(batch["step_of_row"][i] == number for i in micro)
             assert sorted(micro) == micro.tolist()
             tokens = sum(batch["lengths"][i] for i in micro)
-            if "max_tokens" in batch:
-                assert tokens <= batch["max_tokens"] or len(micro) == 1
-            else:
-                assert len(micro) <= batch["micro_batch_size"]
+            is_over = tokens > batch["max_tokens"] if "max_tokens" in batch else len(micro) > batch["micro_batch_size"]
+            assert not is_over or micro.tolist() in units_of(batch).values()
+
+
+@given(batches())
+def test_units_are_whole(batch):
+    micro_batches = [set(m.tolist()) for step in plan_batch(**batch).steps for rank in step for m in rank]
+    for rows in units_of(batch).values():
+        assert sum(bool(m & set(rows)) for m in micro_batches) == 1
+
+
+@given(batches())
+def test_a_unit_of_one_row_is_a_row(batch):
+    numbers = [7 * (len(batch["lengths"]) - i) for i in range(len(batch["lengths"]))]
+    assert lists(plan_batch(**batch | {"unit_of_row": numbers})) == lists(plan_batch(**batch | {"unit_of_row": None}))
 
 
 @given(batches())
@@ -75,6 +105,25 @@ def test_balanced_ranks_differ_by_at_most_the_longest_row(lengths, dp_size):
     (step,) = plan_batch(lengths, [0] * len(lengths), dp_size, micro_batch_size=4, balance=True, num_steps=1).steps
     tokens = [sum(lengths[i] for micro in rank for i in micro) for rank in step]
     assert max(tokens) - min(tokens) <= max(lengths, default=0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 20)), max_size=60), st.integers(1, 9))
+def test_balanced_ranks_differ_by_at_most_the_longest_unit(rows, dp_size):
+    lengths, units = [length for length, _ in rows], [unit for _, unit in rows]
+    (step,) = plan_batch(
+        lengths, [0] * len(rows), dp_size, unit_of_row=units, max_tokens=1500, balance=True, num_steps=1
+    ).steps
+    tokens = [sum(lengths[i] for micro in rank for i in micro) for rank in step]
+    longest = max((sum(lengths[i] for i in range(len(rows)) if units[i] == u) for u in units), default=0)
+    assert max(tokens) - min(tokens) <= longest
+
+
+def test_pairs_worked_by_hand():
+    # Pairs (0, 3), (1, 4) and (2, 5): dealt in order, two rows to a micro-batch; a limit of one row cannot cut a pair.
+    pairs = {"lengths": [1] * 6, "step_of_row": [0] * 6, "dp_size": 2, "unit_of_row": [5, 3, 4, 5, 3, 4]}
+    assert lists(plan_batch(**pairs, micro_batch_size=2)) == [[[[0, 3], [1, 4]], [[2, 5], []]]]
+    assert lists(plan_batch(**pairs, micro_batch_size=1)) == lists(plan_batch(**pairs, micro_batch_size=3))
+    assert lists(plan_batch(**pairs, micro_batch_size=4)) == [[[[0, 1, 3, 4]], [[2, 5]]]]
 
 
 def test_differencing_beats_dealing_in_order():
@@ -123,6 +172,8 @@ def test_a_row_above_the_budget_stands_alone():
         ({"dp_size": 0}, "there must be a rank"),
         ({"step_of_row": [0]}, "both must be"),
         ({"lengths": [-1, 2]}, "negative"),
+        ({"unit_of_row": [0]}, "for 2 rows"),
+        ({"unit_of_row": [3, 3], "step_of_row": [0, 1]}, "two steps"),
         ({"num_steps": 1, "step_of_row": [0, 1]}, "belongs to step 1"),
     ],
 )
