@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from miles.observe.report import TraceFiles
+
 from .harness import flags, train
+
+HANGING_TRACKER = """
+import sys, time
+if "miles.observe.trackers" in sys.orig_argv:
+    import tensorboard.summary.writer.event_file_writer as writer
+    writer.EventFileWriter.close = lambda self: time.sleep(600)
+"""
 
 
 @pytest.mark.timeout(400)
@@ -45,15 +55,35 @@ def test_half_a_run_alone_and_replayed(task, tmp_path, monkeypatch):
         return {kind: sum(kind in line for line in lines) for kind in kinds}
 
     rollout = train(
-        flags(task, **common, debug_rollout_only=True, save_debug_rollout_data=data, rm_num_workers=1),
+        flags(
+            task,
+            **common,
+            debug_rollout_only=True,
+            save_debug_rollout_data=data,
+            rm_num_workers=1,
+            no_report=True,
+            report_samples=0,
+        ),
         tmp_path / "rollout",
     ).check()
     assert "train/loss" not in rollout.metrics[-1]
+    assert not (rollout.run_dir / "report.html").exists()
+    assert list((rollout.run_dir / "trace").glob("rollout_*")) == []
     for s in rollout.samples(0):
         hits = [a == b for a, b in zip(s["response"].strip(), s["label"], strict=False)]
         assert s["reward"] == pytest.approx(sum(hits) / len(s["label"]))
     assert importers() == {"train.py": 1, "RolloutManagerActor": 1, "TrainerActor": 0, "rewards.worker": 1}
-    replay = train(flags(task, **common, load_debug_rollout_data=data), tmp_path / "replay").check()
+    # A tracker that never ends costs its limit, once.
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(HANGING_TRACKER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    hanging = {"use_tensorboard": True, "tracker_close_timeout": 1}
+    replay = train(
+        flags(task, **common, load_debug_rollout_data=data, report_samples=1, **hanging), tmp_path / "replay"
+    ).check()
+    assert "not finished 1 s after the end of the run: given up" in replay.output
+    assert (replay.run_dir / "report.html").exists()
+    assert len(TraceFiles.of(replay.run_dir).read(1)) == 1
     assert importers() == {"train.py": 1, "RolloutManagerActor": 1, "TrainerActor": 1, "rewards.worker": 0}
     assert len(replay.series("train/loss")) == 2
     assert replay.samples(1) == rollout.samples(1)

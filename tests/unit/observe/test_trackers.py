@@ -69,11 +69,11 @@ def interrupted_and_continued(run_dir: RunDir, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ read back
 
 
-def wandb_history(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
-    """History rows, configuration and group of the files of one run, read as W&B's sync reads them."""
+def wandb_history(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
+    """History rows, configuration and the record of the files of one run, read as W&B's sync reads them."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    rows, config, group = [], {}, ""
+    rows, config, run = [], {}, None
     for file in sorted(directory.glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime):
         for data in leveldb_log(file.read_bytes()[7:], start=7):
             record = Record.FromString(data)
@@ -82,8 +82,8 @@ def wandb_history(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
                 rows.append({(i.key or "/".join(i.nested_key)): orjson_or_nan(i.value_json) for i in items})
             if record.HasField("run"):
                 config |= {u.key: orjson.loads(u.value_json) for u in record.run.config.update}
-                group = record.run.run_group
-    return rows, config, group
+                run = record.run
+    return rows, config, run
 
 
 def orjson_or_nan(text: str) -> Any:
@@ -112,7 +112,7 @@ def test_wandb_offline_holds_every_step_once_on_our_axis(tmp_path):
         tmp_path / "run", use_wandb=True, wandb_mode="offline", wandb_project="p", wandb_group="g", wandb_key="k-secret"
     )
     interrupted_and_continued(run_dir, "wandb")
-    rows, config, group = wandb_history(run_dir.path / "wandb")
+    rows, config, run = wandb_history(run_dir.path / "wandb")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
     # Step 2 was done again; W&B keeps what it was given first.
     assert [row.get("rollout/raw_reward") for row in rows] == [0, 0.25, 0.5, 1.5, None]
@@ -120,14 +120,15 @@ def test_wandb_offline_holds_every_step_once_on_our_axis(tmp_path):
     assert rows[0]["eval/a/pass@2"] == 0.5
     assert rows[-1]["perf/save_time"] == 1.5
     assert config["optimizer"]["lr"] == 2e-5
-    assert group == "g"
+    state = TrackerState.read(run_dir.path, "wandb")
+    assert (run.project, run.run_group, run.run_id, run.display_name) == ("p", "g", state.run_id, f"g-{state.run_id}")
     ids = {path.name.rsplit("-", 1)[1] for path in (run_dir.path / "wandb").glob("offline-run-*")}
-    assert ids == {TrackerState.read(run_dir.path, "wandb").run_id}, "the same run was continued"
+    assert ids == {state.run_id}, "the same run was continued"
     written = b"".join(path.read_bytes() for path in run_dir.path.rglob("*") if path.is_file())
     assert b"k-secret" not in written
 
 
-def test_wandb_has_optimizer_steps_as_its_axis_on_request(tmp_path):
+def test_wandb_goes_by_its_flags(tmp_path):
     run_dir = run_directory(
         tmp_path / "run",
         use_wandb=True,
@@ -135,11 +136,20 @@ def test_wandb_has_optimizer_steps_as_its_axis_on_request(tmp_path):
         wandb_run_id="mine",
         wandb_dir=str(tmp_path / "w"),
         wandb_always_use_train_step=True,
+        wandb_team="t",
+        wandb_group="g",
+        wandb_host="http://127.0.0.1:9",
+        disable_wandb_random_suffix=True,
     )
     (tmp_path / "w").mkdir()
     write(run_dir, 0, 3)
-    assert trackers(run_dir, "wandb").close("ok") == []
-    assert [row["train_step"] for row in wandb_history(tmp_path / "w" / "wandb")[0]] == [0, 3, 6]
+    seen = tmp_path / "server"
+    code = f"import wandb; f = wandb.init\ndef g(**k):\n    run = f(**k); open({str(seen)!r}, 'w').write(run.settings.base_url); return run\nwandb.init = g"
+    assert trackers(run_dir, "wandb", code=code).close("ok") == []
+    assert seen.read_text() == "http://127.0.0.1:9"
+    rows, _, run = wandb_history(tmp_path / "w" / "wandb")
+    assert [row["train_step"] for row in rows] == [0, 3, 6]
+    assert (run.entity, run.run_group, run.display_name, run.run_id) == ("t", "g", "g", "mine")
     assert TrackerState.read(run_dir.path, "wandb").run_id == "mine"
 
 
@@ -173,6 +183,21 @@ def test_mlflow_holds_every_step_once_and_the_configuration(tmp_path):
     assert len(client.get_metric_history(run.info.run_id, "eval/a/pass_at_2")) == 4
     assert client.get_metric_history(run.info.run_id, "perf/save_time")[0].value == 1.5
     assert run.data.params["optimizer.lr"] == "2e-05"
+
+
+def test_mlflow_continues_the_run_that_is_named(tmp_path):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/kept.db")
+    mine = client.create_run(client.create_experiment("elsewhere")).info.run_id
+    run_dir = run_directory(
+        tmp_path / "run", use_mlflow=True, mlflow_run_id=mine, mlflow_tracking_uri=f"sqlite:///{tmp_path}/kept.db"
+    )
+    write(run_dir, 0, 2)
+    assert trackers(run_dir, "mlflow").close("ok") == []
+    assert [m.value for m in client.get_metric_history(mine, "rollout/raw_reward")] == [0, 0.25]
+    assert (TrackerState.read(run_dir.path, "mlflow").run_id, client.get_run(mine).info.status) == (mine, "FINISHED")
+    assert client.get_experiment_by_name("miles") is None
 
 
 # -------------------------------------------------------------------------------------------------- what may go wrong
@@ -256,6 +281,8 @@ def test_a_missing_package_and_a_missing_key_are_one_line_each(tmp_path, monkeyp
     assert str(problem) == (
         "--use-wandb: there is no API key for api.wandb.ai; set WANDB_API_KEY, run `wandb login`, or give --wandb-mode offline"
     )
+    (problem,) = check(make_config(use_wandb=True, wandb_host="https://wandb.example:8080"))
+    assert "there is no API key for wandb.example;" in str(problem)
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password k\n")
     assert check(config) == []
 

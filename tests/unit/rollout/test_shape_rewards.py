@@ -73,9 +73,14 @@ def test_cosine_by_hand(length: int, correct: float, wrong: float) -> None:
     assert score("boxed_cosine", r"\boxed{4}", length=length, **LENGTHS) == pytest.approx(correct)
 
 
-def test_cosine_values_are_flags_and_a_response_that_cannot_be_checked_is_wrong() -> None:
-    values = {"cosine_min_len_value_correct": 3.0, "cosine_max_len_value_correct": 1.0}
-    assert score("cosine", r"\boxed{4}", length=50, **LENGTHS, **values) == pytest.approx(2.0)
+@pytest.mark.parametrize(("kind", "answer"), [("correct", 4), ("wrong", 5)])
+def test_cosine_values_are_flags(kind: str, answer: int) -> None:
+    ends = {f"cosine_min_len_value_{kind}": 3.0, f"cosine_max_len_value_{kind}": 1.0}
+    found = [score("cosine", rf"\boxed{{{answer}}}", length=length, **LENGTHS, **ends) for length in (0, 50, 100)]
+    assert found == pytest.approx([3.0, 2.0, 1.0])
+
+
+def test_a_response_that_cannot_be_checked_is_wrong() -> None:
     timeout_reward = find("cosine").timeout_reward
     assert callable(timeout_reward)
     args = args_view(make_config(cosine_max_len=100))
