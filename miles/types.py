@@ -209,6 +209,11 @@ class TrainBatch:
     `rollout_log_probs` f32 `[R]`, split by `response_lengths`. The response is the last `response_lengths` tokens of
     a row. `rollout_log_probs` is absent when no row has it.
 
+    Preference jobs add row columns: `preferred` u8 (1 for the chosen row of a pair, or one that is desirable by itself), `pair`
+    i64 (shared by the two rows of a pair, which lie in one micro-batch; absent where rows count by themselves) and, for reward
+    models, `margin` f32, the same on both rows of a pair. Both rows have the pair's `loss_weight`. The ragged column
+    `ref_log_probs` f32 `[R]` holds the reference's log-probs where they were computed before.
+
     `loss_weight` is the whole of loss aggregation: the loss of a step is the plain sum over ranks, micro-batches, rows
     and tokens of `loss_weight[row] * loss_mask[token] * token_loss[token]`, so the split cannot change it.
     """
@@ -222,6 +227,8 @@ class TrainBatch:
     totals: tuple[StepTotals, ...]
     """One entry per optimizer step, the same on every rank."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    mismatched: TrainBatch | None = None
+    """KTO: rows of prompts with the responses of other prompts, in the same steps; scored before each, never trained on."""
 
     @property
     def num_rows(self) -> int:

@@ -53,10 +53,27 @@ class MicroBatch:
     num_rows: int
     total_lengths: Tensor
     """[B] int64, prompt and response."""
+    row_weights: Tensor
+    """[B] fp32, of whole rows in the step's loss."""
     rollout_log_probs: Tensor | None
     """[R] fp32, the engine's."""
     slots: Tensor
     """[R] where each response token is in the batch's response columns."""
+    preferences: Preferences | None
+    """What the rows say of each other, in a preference job."""
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Pairs of rows, or rows that are desirable or not by themselves. Rows are numbers into the micro-batch."""
+
+    desirable: Tensor
+    """[B] bool; of a pair, the chosen row."""
+    chosen_rows: Tensor | None = None
+    """[P] int64; None where rows count by themselves."""
+    rejected_rows: Tensor | None = None
+    margin: Tensor | None = None
+    """[P] fp32, of a reward model."""
 
 
 def pack(batch: TrainBatch, device: torch.device, *, share_prompts: bool) -> list[list[MicroBatch]]:
@@ -114,8 +131,34 @@ def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_
         row=put(row, np.int64),
         num_rows=len(rows),
         total_lengths=put(totals, np.int64),
+        row_weights=put(columns["loss_weight"][rows]),
         rollout_log_probs=None if rollout is None else put(rollout[slots]),
         slots=put(slots, np.int64),
+        preferences=_preferences(columns, rows, device),
+    )
+
+
+def _preferences(columns: dict[str, np.ndarray], rows: np.ndarray, device: torch.device) -> Preferences | None:
+    """Of these rows of the batch, in this order. Raises DataError for half a pair."""
+    if "preferred" not in columns:
+        return None
+    preferred = columns["preferred"][rows] != 0
+    desirable = torch.from_numpy(preferred).to(device)
+    if "pair" not in columns:
+        return Preferences(desirable)
+    pair = columns["pair"][rows]
+    chosen, rejected = (np.flatnonzero(kind)[np.argsort(pair[kind])] for kind in (preferred, ~preferred))
+    if not np.array_equal(pair[chosen], pair[rejected]) or len(np.unique(pair)) != len(chosen):
+        raise DataError(
+            f"micro-batch, got {len(chosen)} chosen and {len(rejected)} rejected rows that are no pairs: a pair is one of each; "
+            "keep its rows in one micro-batch"
+        )
+    margin = columns.get("margin")
+    return Preferences(
+        desirable,
+        chosen_rows=torch.from_numpy(chosen).to(device),
+        rejected_rows=torch.from_numpy(rejected).to(device),
+        margin=None if margin is None else torch.from_numpy(margin[rows][chosen].astype(np.float32)).to(device),
     )
 
 

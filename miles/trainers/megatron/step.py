@@ -132,6 +132,7 @@ class Passes:
         else:
             # With one update per rollout the old policy is this one, so the ratio is exactly 1.
             old, train = now if known.old is None else known.old[batch.slots], None
+        preferences = batch.preferences
         return LossInputs(
             log_probs=scores.log_probs,
             old_log_probs=old,
@@ -146,6 +147,11 @@ class Passes:
             train_log_probs=train,
             entropy=scores.entropies,
             policy_mask=None if known.policy_mask is None else known.policy_mask[batch.slots],
+            row_weight=batch.row_weights,
+            desirable=None if preferences is None else preferences.desirable,
+            chosen_rows=None if preferences is None else preferences.chosen_rows,
+            rejected_rows=None if preferences is None else preferences.rejected_rows,
+            margin=None if preferences is None else preferences.margin,
         )
 
     def _my_vocabulary(self, vocab_size: int) -> Vocabulary:

@@ -70,6 +70,48 @@ def test_every_response_token_is_predicted_by_the_one_before_it(
     assert sorted(seen) == list(range(sum(r for _, r in lengths)))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+    share=st.booleans(),
+)
+def test_pairs_are_found_again_however_rows_are_packed(
+    pairs: list[tuple[int, int, int]], seed: int, share: bool
+) -> None:
+    lengths = [(prompt + n, n) for prompt, chosen, rejected in pairs for n in (chosen, rejected)]
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    number = np.arange(len(lengths)) // 2
+    batch = _batch([lengths[i] for i in order], ((np.arange(len(lengths)), np.array([], np.int64)),))
+    batch.rows.update(
+        pair=70 - number[order], preferred=(1 - order % 2).astype(np.uint8), margin=number[order].astype(np.float32)
+    )
+    full, empty = pack(batch, _CPU, share_prompts=share)[0]
+    found = full.preferences
+    assert found is not None
+    assert found.chosen_rows is not None
+    assert found.rejected_rows is not None
+    assert found.margin is not None
+    totals = torch.tensor([lengths[i][0] for i in range(len(lengths))])
+    at = found.margin.long()
+    assert sorted(at.tolist()) == list(range(len(pairs)))
+    assert torch.equal(full.total_lengths[found.chosen_rows], totals[2 * at])
+    assert torch.equal(full.total_lengths[found.rejected_rows], totals[2 * at + 1])
+    assert found.desirable.nonzero().squeeze(1).tolist() == sorted(found.chosen_rows.tolist())
+    weights = torch.from_numpy(batch.rows["loss_weight"])[[order.tolist().index(i) for i in range(len(order))]]
+    assert torch.equal(full.row_weights[found.chosen_rows], weights[2 * at])
+    assert empty.preferences is not None
+    assert empty.preferences.chosen_rows is not None
+    assert not len(empty.preferences.chosen_rows)
+
+
+def test_half_a_pair_is_refused() -> None:
+    batch = _batch([(4, 2), (5, 2)], ((np.array([0]), np.array([1])),))
+    batch.rows.update(pair=np.zeros(2, np.int64), preferred=np.array([1, 0], np.uint8))
+    with pytest.raises(DataError, match="1 chosen and 0 rejected"):
+        pack(batch, _CPU, share_prompts=True)
+
+
 def test_an_empty_micro_batch_is_one_token_that_predicts_nothing() -> None:
     ((full, empty),) = pack(_batch([(4, 2)], ((np.array([0]), np.array([], np.int64)),)), _CPU, share_prompts=True)
     assert full.num_rows == 1
