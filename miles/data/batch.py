@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from miles.interfaces import Args
 from miles.types import GREEDY_REWARD, Sample, SampleGroup, Status, StepTotals, TrainBatch, reward_parts
 
 from .plan import Plan, plan_batch
-from .row import TrainRow, check_sample, trajectory_of
+from .row import trajectory_of
+from .rows import TrainRows, check_samples
 
 #: `f(args, samples) -> (raw, rewards)`: one entry a sample each; `rewards` become the advantages.
 RewardPostProcess = Callable[[Args, list[Sample]], tuple[Sequence[float], Sequence[float]]]
@@ -43,21 +44,27 @@ class TrainBatches:
     """Of each sample of the rollout, in order; None where it is out of the loss."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trajectory:
     """One conversation with the model: what batch sizes, group statistics and sequence denominators count."""
 
+    number: int
+    """Its position among those of the rollout."""
     group: int
     """Position of its group in the rollout."""
-    rows: list[Sample]
+    rows: list[Sample] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    """Of each row among all samples of the rollout."""
+    failed: bool = False
+    """Any of its rows is."""
+    truncated: bool = False
+    """Any of its rows is."""
 
-    @property
-    def failed(self) -> bool:
-        return any(row.status is Status.FAILED for row in self.rows)
-
-    @property
-    def truncated(self) -> bool:
-        return any(row.status is Status.TRUNCATED for row in self.rows)
+    def add(self, row: Sample, position: int) -> None:
+        self.rows.append(row)
+        self.positions.append(position)
+        self.failed |= row.status is Status.FAILED
+        self.truncated |= row.status is Status.TRUNCATED
 
 
 def build_train_batches(
@@ -78,65 +85,68 @@ def build_train_batches(
     """
     trajectories = _trajectories(groups)
     step_size = _step_size(len(trajectories), config)
+    num_steps = len(trajectories) // step_size
     scored = [t for t in trajectories if not t.failed]
     raw, advantages, reward_metrics = _rewards(scored, config, reward_post_process)
 
-    kept: list[TrainRow] = []
-    columns: dict[str, list[float]] = {"raw_rewards": [], "rewards": [], "step": [], "position": []}
-    position = {id(sample): number for number, sample in enumerate(sample for group in groups for sample in group)}
-    advantage_of: list[float | None] = [None] * len(position)
-    step_of = {id(t): number // step_size for number, t in enumerate(trajectories)}
-    for trajectory, raw_of_rows, advantage_of_rows in zip(scored, raw, advantages, strict=True):
-        for sample, raw_reward, advantage in zip(trajectory.rows, raw_of_rows, advantage_of_rows, strict=True):
-            if sample.remove_sample or (config.grpo.overlong_filtering and trajectory.truncated):
-                continue
-            row = check_sample(sample)
-            if row.trained_tokens:
-                kept.append(row)
-                columns["raw_rewards"].append(raw_reward)
-                columns["rewards"].append(advantage)
-                columns["position"].append(position[id(sample)])
-                advantage_of[position[id(sample)]] = advantage
-                columns["step"].append(step_of[id(trajectory)])
+    overlong = config.grpo.overlong_filtering
+    candidates = [
+        (number, row)
+        for number, (row, t) in enumerate((row, t) for t in scored for row in t.rows)
+        if not row.remove_sample and not (overlong and t.truncated)
+    ]
+    rows = check_samples([row for _, row in candidates])
+    trained = np.flatnonzero(rows.trained_tokens)
+    kept = rows if len(trained) == len(rows) else rows.take(trained)
+    # Of each kept row: its number among the rows of `scored`, then what is known of that.
+    number = np.array([number for number, _ in candidates], dtype=np.int64)[trained]
+    position = np.array([p for t in scored for p in t.positions], dtype=np.int64)[number]
+    step_of_row = np.repeat([t.number // step_size for t in scored], [len(t.rows) for t in scored])[number]
+    advantage_of: list[float | None] = [None] * sum(map(len, groups))
+    for i, advantage in zip(position.tolist(), advantages[number].tolist(), strict=True):
+        advantage_of[i] = advantage
 
-    step_of_row = np.array(columns["step"], dtype=np.int64)
-    rewards = np.array(columns["rewards"], dtype=np.float32)
-    num_steps = len(trajectories) // step_size
+    rewards = advantages[number].astype(np.float32)
     sent = np.full(len(kept), True) if score_all or _scores_every_row(config.grpo) else rewards != 0
     weights, totals = _weights(kept, step_of_row, sent, num_steps, config)
-    with_log_probs = _has_rollout_log_probs(kept, config.grpo)
-
-    rows = [row for row, is_sent in zip(kept, sent, strict=True) if is_sent]
-    row_columns = {
-        "total_lengths": np.array([len(row.tokens) for row in rows], dtype=np.int64),
-        "response_lengths": np.array([len(row.loss_mask) for row in rows], dtype=np.int64),
-        "rewards": rewards[sent],
-        "raw_rewards": np.array(columns["raw_rewards"], dtype=np.float32)[sent],
-        "temperature": np.array([row.temperature for row in rows], dtype=np.float32),
-        "loss_weight": weights[sent].astype(np.float32),
-        "sample_index": np.array([row.index for row in rows], dtype=np.int64),
-        "trajectory_id": np.array([row.trajectory_id for row in rows], dtype=np.int64),
-        "group_index": np.array([row.group_index for row in rows], dtype=np.int64),
-        "position": np.array(columns["position"], dtype=np.int64)[sent],
+    columns = {
+        "total_lengths": kept.total_lengths,
+        "response_lengths": kept.response_lengths,
+        "rewards": rewards,
+        "raw_rewards": raw[number].astype(np.float32),
+        "temperature": kept.temperature,
+        "loss_weight": weights.astype(np.float32),
+        "sample_index": kept.index,
+        "trajectory_id": kept.trajectory_id,
+        "group_index": kept.group_index,
+        "position": position,
     }
-    plan = _plan(row_columns["total_lengths"], step_of_row[sent], num_steps, dp_size, config)
-    batches = [_slice(rows, row_columns, plan, rank, totals, rollout_id, with_log_probs) for rank in range(dp_size)]
+    with_log_probs = _has_rollout_log_probs(kept, config.grpo)
+    plan = _plan(kept.total_lengths[sent], step_of_row[sent], num_steps, dp_size, config)
+    batches = [
+        _slice(kept, columns, np.flatnonzero(sent), plan, rank, totals, rollout_id, with_log_probs)
+        for rank in range(dp_size)
+    ]
     return TrainBatches(batches, _metrics(trajectories, raw, totals) | reward_metrics, advantage_of)
 
 
 def _trajectories(groups: list[SampleGroup]) -> list[Trajectory]:
     """Trajectories in order of their first rows. DataError where one is found in two groups."""
     found: dict[int, Trajectory] = {}
+    position = 0
     for number, group in enumerate(groups):
         for sample in group:
             name = trajectory_of(sample)
-            trajectory = found.setdefault(name, Trajectory(number, []))
+            trajectory = found.get(name)
+            if trajectory is None:
+                trajectory = found[name] = Trajectory(len(found), number)
             if trajectory.group != number:
                 raise DataError(
                     f"trajectory_id of sample {sample.index}, got {name} in two groups: rows of different prompts would count "
                     "as one conversation; use the index of the sample that the hook was given"
                 )
-            trajectory.rows.append(sample)
+            trajectory.add(sample, position)
+            position += 1
     return list(found.values())
 
 
@@ -153,28 +163,21 @@ def _step_size(num_trajectories: int, config: Config) -> int:
 
 def _rewards(
     scored: list[Trajectory], config: Config, reward_post_process: RewardPostProcess | None
-) -> tuple[list[list[float]], list[list[float]], dict[str, float]]:
-    """Raw rewards and advantages of every row of every scored trajectory, and metrics of what they are made of."""
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Raw rewards and advantages of every row of every scored trajectory, float64, and metrics of what they are made of."""
     if reward_post_process is not None:
-        samples = [row for t in scored for row in t.rows]
-        raw, rewards = _post_processed(samples, config, reward_post_process)
-        bounds = np.cumsum([len(t.rows) for t in scored])[:-1]
-        split = [[part.tolist() for part in np.split(column, bounds)] for column in (raw, rewards)]
-        return split[0], split[1], {}
+        return *_post_processed([row for t in scored for row in t.rows], config, reward_post_process), {}
 
     outcomes = _outcomes(scored, config)
     try:
         advantages = advantage_estimators.get(config.grpo.advantage_estimator)(outcomes, advantage_spec(config))
     except ValueError as error:
         raise DataError(f"--advantage-estimator {config.grpo.advantage_estimator}: {error}") from error
-    of_rows = [
-        [[float(value)] * len(t.rows) for t, value in zip(scored, column, strict=True)]
-        for column in (outcomes.rewards, advantages)
-    ]
+    num_rows = np.array([len(t.rows) for t in scored], dtype=np.int64)
     metrics = {f"rollout/reward/{name}": float(part.mean()) for name, part in outcomes.parts.items() if len(part)}
     if outcomes.greedy is not None and len(outcomes.greedy):
         metrics["rollout/greedy_reward"] = float(outcomes.greedy.mean())
-    return of_rows[0], of_rows[1], metrics
+    return np.repeat(outcomes.rewards, num_rows), np.repeat(advantages, num_rows), metrics
 
 
 def advantage_spec(config: Config) -> AdvantageSpec:
@@ -222,7 +225,10 @@ def _part(sample: Sample, name: str) -> float:
 
 def _trained_tokens(row: Sample) -> int:
     # Of a row that `check_sample` has not seen: whatever its mask holds is counted.
-    return row.response_length if row.loss_mask is None else sum(map(bool, row.loss_mask))
+    mask = row.loss_mask
+    if mask is None:
+        return row.response_length
+    return len(mask) - mask.count(0) if type(mask) is list else sum(map(bool, mask))
 
 
 def _reward(sample: Sample, value: Any, config: Config) -> float:
@@ -230,6 +236,8 @@ def _reward(sample: Sample, value: Any, config: Config) -> float:
 
     A trajectory has the reward of its last row, which has seen the whole conversation; its rows all train with it.
     """
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, str | bytes | list | tuple):
         raise DataError(
             f"reward of sample {sample.index}, got {value!r}: it is no number; return a float, or a dict with --reward-key"
@@ -276,14 +284,13 @@ def _scores_every_row(grpo: GrpoArgs) -> bool:
 
 
 def _weights(
-    rows: list[TrainRow], step_of_row: np.ndarray, sent: np.ndarray, num_steps: int, config: Config
+    rows: TrainRows, step_of_row: np.ndarray, sent: np.ndarray, num_steps: int, config: Config
 ) -> tuple[np.ndarray, tuple[StepTotals, ...]]:
     """Loss weight of each row [B] float64, and what each optimizer step is made of, skipped rows included."""
     grpo = config.grpo
     mode = grpo.loss_aggregation or ("token_mean" if grpo.calculate_per_token_loss else "seq_mean")
     constant_length = grpo.loss_constant_length or config.rollout.rollout_max_response_len
-    tokens = np.array([row.trained_tokens for row in rows], dtype=np.int64)
-    trajectory = np.array([row.trajectory_id for row in rows], dtype=np.int64)
+    tokens, trajectory = rows.trained_tokens, rows.trajectory_id
     weights = np.zeros(len(rows), dtype=np.float64)
     totals = []
     for step in range(num_steps):
@@ -300,16 +307,16 @@ def _weights(
     return weights, tuple(totals)
 
 
-def _has_rollout_log_probs(rows: list[TrainRow], grpo: GrpoArgs) -> bool:
+def _has_rollout_log_probs(rows: TrainRows, grpo: GrpoArgs) -> bool:
     """Whether the column is sent: decided by all rows. DataError where a row lacks what a feature needs."""
-    missing = [row.index for row in rows if row.rollout_log_probs is None]
+    missing = rows.index[~rows.has_log_probs]
     flag = _needs_rollout_log_probs(grpo)
-    if missing and flag:
+    if len(missing) and flag:
         raise DataError(
             f"rollout_log_probs, got none for {len(missing)} of {len(rows)} rows, first of sample {missing[0]}: {flag} needs "
             "them; fill them in from the engine's output_token_logprobs, or switch the flag off"
         )
-    return bool(rows) and not missing
+    return len(rows) > 0 and not len(missing)
 
 
 def _needs_rollout_log_probs(grpo: GrpoArgs) -> str | None:
@@ -345,37 +352,31 @@ def _plan(lengths: np.ndarray, step_of_row: np.ndarray, num_steps: int, dp_size:
 
 
 def _slice(
-    rows: list[TrainRow],
-    row_columns: dict[str, np.ndarray],
+    rows: TrainRows,
+    columns: dict[str, np.ndarray],
+    sent: np.ndarray,
     plan: Plan,
     rank: int,
     totals: tuple[StepTotals, ...],
     rollout_id: int,
     with_log_probs: bool,
 ) -> TrainBatch:
-    """One rank's rows, renumbered in the order in which it trains on them."""
+    """One rank's rows, renumbered in the order in which it trains on them. sent: the numbers of the rows that were planned."""
     micro_batches = [micro for step in plan.steps for micro in step[rank]]
-    mine = np.concatenate([*micro_batches, np.empty(0, dtype=np.int64)])
+    mine = sent[np.concatenate([*micro_batches, np.empty(0, dtype=np.int64)])]
     ends = np.cumsum([len(micro) for micro in micro_batches])
     local = iter(np.split(np.arange(len(mine), dtype=np.int64), ends[:-1]))
-    ragged = {
-        "tokens": _concatenate([rows[i].tokens for i in mine], np.int64),
-        "loss_mask": _concatenate([rows[i].loss_mask for i in mine], np.uint8),
-    }
+    taken = rows.take(mine)
+    ragged = {"tokens": taken.tokens, "loss_mask": taken.loss_mask}
     if with_log_probs:
-        log_probs = [row.rollout_log_probs for row in (rows[i] for i in mine) if row.rollout_log_probs is not None]
-        ragged["rollout_log_probs"] = _concatenate(log_probs, np.float32)
+        ragged["rollout_log_probs"] = taken.rollout_log_probs
     return TrainBatch(
         rollout_id=rollout_id,
-        rows={name: column[mine] for name, column in row_columns.items()},
+        rows={name: column[mine] for name, column in columns.items()},
         ragged=ragged,
         steps=tuple(tuple(next(local) for _ in step[rank]) for step in plan.steps),
         totals=totals,
     )
-
-
-def _concatenate(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
 
 
 def _reward_interval(rewards: np.ndarray, groups: np.ndarray) -> dict[str, float]:
@@ -392,10 +393,8 @@ def _reward_interval(rewards: np.ndarray, groups: np.ndarray) -> dict[str, float
     return {"rollout/raw_reward/ci_low": mean - half, "rollout/raw_reward/ci_high": mean + half}
 
 
-def _metrics(
-    trajectories: list[Trajectory], raw: list[list[float]], totals: tuple[StepTotals, ...]
-) -> dict[str, float]:
-    """Metrics of the rollout. Rewards, lengths and truncation speak of trajectories that did not fail.
+def _metrics(trajectories: list[Trajectory], raw: np.ndarray, totals: tuple[StepTotals, ...]) -> dict[str, float]:
+    """Metrics of the rollout. raw: [rows of trajectories that did not fail] reward. Rewards, lengths and truncation speak of trajectories that did not fail.
 
     `zero_std_ratio` is the share of groups whose rewards are all equal; `rows_skipped` counts rows that were left out since
     their gradient is zero, `rows_out_of_loss` those that failed, were removed or have no trained token.
@@ -412,7 +411,7 @@ def _metrics(
     }
     if not scored:
         return metrics
-    rewards = np.array([rows[-1] for rows in raw])
+    rewards = raw[np.cumsum([len(t.rows) for t in scored]) - 1]
     groups = np.array([t.group for t in scored])
     _, first = np.unique(groups, return_index=True)
     lengths = np.array([sum(row.response_length for row in t.rows) for t in scored])

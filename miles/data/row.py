@@ -39,7 +39,7 @@ class TrainRow:
 def trajectory_of(sample: Sample) -> int:
     """Id of the sample's trajectory: `trajectory_id`, else its own `index`. DataError where it has neither."""
     name = sample.index if sample.trajectory_id is None else sample.trajectory_id
-    if not _is_id(name):
+    if not is_id(name):
         raise DataError(
             f"a sample, got index {_short(name)}: it cannot be counted; keep the index of the sample it was made from"
         )
@@ -53,7 +53,7 @@ def check_sample(sample: Sample) -> TrainRow:
         return DataError(f"{what} of sample {sample.index}, got {got}: {why}; {fix}")
 
     trajectory_id = trajectory_of(sample)
-    if not (_is_id(sample.index) and _is_id(sample.group_index)):
+    if not (is_id(sample.index) and is_id(sample.group_index)):
         got = f"{_short(sample.index)} and {_short(sample.group_index)}"
         raise refuse(
             "index and group_index",
@@ -136,7 +136,8 @@ def check_sample(sample: Sample) -> TrainRow:
     )
 
 
-def _is_id(value: object) -> TypeGuard[int]:
+def is_id(value: object) -> TypeGuard[int]:
+    """A whole number that fits an int64 column with room to spare."""
     return type(value) is int and abs(value) < 2**62
 
 
