@@ -180,6 +180,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def evaluate(self, batch: TrainBatch) -> dict[str, float]:
+        """The loss of a batch, its metrics and `token_accuracy`, without a gradient; equal on all ranks."""
+        ...
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """HF-named full tensors, streamed in a fixed order; every rank iterates, the main rank gets the tensors."""
         ...

@@ -64,6 +64,8 @@ class Sample:
     reward: float | dict[str, Any] | None = None
     loss_mask: list[int] | None = None
     """1 where a response token is trained on; None means all of them."""
+    loss_scale: list[float] | None = None
+    """How much each response token counts in the loss, beside its mask; None means 1. Denominators count tokens, not scales."""
     rollout_log_probs: list[float] | None = None
     """The engine's log-prob of each response token, at the sampling temperature."""
     temperature: float = 1.0
@@ -140,6 +142,7 @@ _FIELD_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "response": (lambda v: isinstance(v, str), "a text"),
     "response_length": (lambda v: type(v) is int, "a whole number"),
     "loss_mask": (lambda v: v is None or _is_column(v), "a list of 0 and 1, or None"),
+    "loss_scale": (lambda v: v is None or _is_column(v), "a list of numbers, or None"),
     "rollout_log_probs": (lambda v: v is None or _is_column(v), "a list of numbers, or None"),
     "weight_versions": (lambda v: isinstance(v, list), "a list of texts"),
     "status": (lambda v: isinstance(v, Status), "a Sample.Status"),
@@ -205,9 +208,11 @@ class TrainBatch:
 
     Row columns `[B]` (in `rows`): `total_lengths` i64, `response_lengths` i64, `rewards` f32 (after group
     normalisation), `raw_rewards` f32, `temperature` f32, `loss_weight` f32, `sample_index` i64, `trajectory_id` i64,
-    `group_index` i64, `position` i64 (of the sample in the rollout, samples that are not sent included). Ragged columns (in `ragged`): `tokens` i64 `[T]`, split by `total_lengths`; `loss_mask` u8 and
-    `rollout_log_probs` f32 `[R]`, split by `response_lengths`. The response is the last `response_lengths` tokens of
-    a row. `rollout_log_probs` is absent when no row has it.
+    `group_index` i64, `position` i64 (of the sample in the rollout, samples that are not sent included); `channel` i64,
+    which of `metadata["channels"]` the row belongs to, where there are channels. Ragged columns (in `ragged`): `tokens` i64
+    `[T]`, split by `total_lengths`; `loss_mask` u8, `rollout_log_probs` f32 and `loss_scale` f32 `[R]`, split by
+    `response_lengths`. The response is the last `response_lengths` tokens of a row. `rollout_log_probs` is absent when a row
+    lacks it, `loss_scale` when all of it is 1.
 
     Preference jobs add row columns: `preferred` u8 (1 for the chosen row of a pair, or one that is desirable by itself), `pair`
     i64 (shared by the two rows of a pair, which lie in one micro-batch; absent where rows count by themselves) and, for reward
@@ -215,7 +220,7 @@ class TrainBatch:
     `ref_log_probs` f32 `[R]` holds the reference's log-probs where they were computed before.
 
     `loss_weight` is the whole of loss aggregation: the loss of a step is the plain sum over ranks, micro-batches, rows
-    and tokens of `loss_weight[row] * loss_mask[token] * token_loss[token]`, so the split cannot change it.
+    and tokens of `loss_weight[row] * loss_mask[token] * loss_scale[token] * token_loss[token]`, so the split cannot change it.
     """
 
     rollout_id: int
@@ -285,6 +290,8 @@ class LossInputs:
     """[B] with gradient, of a scalar head."""
     channel: torch.Tensor | None = None
     """[B] int64, number of the row's channel, by which supervised losses are reported."""
+    channels: tuple[str, ...] = ()
+    """Their names, by number: those of the whole data, whichever are in this micro-batch."""
 
 
 @dataclass(frozen=True)

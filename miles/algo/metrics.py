@@ -34,6 +34,11 @@ def mean(values: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor) -> Metr
     return "mean", masked_sum(values.detach(), mask, weight)
 
 
+def own_mean(name: str, values: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor) -> dict[str, Metric]:
+    """`mean` with a denominator of its own, whatever the loss divides by."""
+    return {name: mean(values, mask, weight), f"{name}{OWN_WEIGHT}": total(weight, mask)}
+
+
 def total(values: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor | None = None) -> Metric:
     """`sum` of weight * values [R] over mask [R]. Detached."""
     return "sum", masked_sum(values.detach(), mask, weight)

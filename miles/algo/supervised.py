@@ -5,7 +5,7 @@ How much a token counts (--loss-scale) and what is averaged is in `token_weight`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -34,11 +34,11 @@ def dft(log_probs: torch.Tensor) -> torch.Tensor:
     return -log_probs.detach().exp() * log_probs
 
 
-def sft_loss(inputs: LossInputs, kind: str = "cross_entropy", channels: Sequence[str] = ()) -> LossOutputs:
+def sft_loss(inputs: LossInputs, kind: str = "cross_entropy") -> LossOutputs:
     """`sum_t w_t * token_loss_t` over the trained tokens.
 
     Metrics: `nll`, mean of `-log p` by `token_weight`, whatever `kind` is; `nll_<channel>`, the same over the tokens of each
-    of `channels` (names by number, as in the column `channel`), each with its own denominator; `entropy` where it is given.
+    of `inputs.channels`, each with its own denominator; `entropy` where it is given.
     Raises ConfigError for an unknown kind.
     """
     tokens = trained_tokens(inputs)
@@ -51,9 +51,9 @@ def sft_loss(inputs: LossInputs, kind: str = "cross_entropy", channels: Sequence
     }
     if tokens.entropy is not None:
         metrics["entropy"] = mean(tokens.entropy, mask, weight)
-    if channels:
+    if inputs.channels:
         of_token = required(tokens.channel, "channel", "a loss by channel").index_select(0, tokens.row)
-        for number, name in enumerate(channels):
+        for number, name in enumerate(inputs.channels):
             own = masked(weight, of_token == number)
             metrics[f"nll_{name}"] = mean(-tokens.log_probs, mask, own)
             metrics[f"nll_{name}{OWN_WEIGHT}"] = total(own, mask)

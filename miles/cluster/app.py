@@ -16,12 +16,12 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from miles.config import Config, Resolution, eval_datasets, public_argv, public_dict
+from miles.config import Config, EvalDataset, Resolution, eval_datasets, job_of, public_argv, public_dict
 from miles.errors import MilesError
 from miles.observe import Display, MetricsFile, RunDir, RunLock, StateFile, Timers, Tracker, Trackers
 from miles.observe.bubble import bubble_metrics
@@ -158,6 +158,7 @@ class App:
             self.trainers.start(self._total_optimizer_steps(), self.run_dir.path, resume.checkpoint)
         dp_size = self.trainers.world_size if self.trainers else 1
         self.rollout_manager.start(self._engines.addresses, dp_size, resume.data_state)
+        self._evaluate = self._choose_evaluation()
         first_step = self.start + 1 if self.start else 0
         if config.debug.load_debug_rollout_data is None:  # a replay may read them
             self.run_dir.drop_samples(self.start)
@@ -255,12 +256,30 @@ class App:
     def evaluate_if_due(self, step: int) -> None:
         """Before the first rollout, every --eval-interval (or a data set's own), and after the last."""
         flags = self.config.eval
-        if not self._engines.processes or not any(self._due(d.interval, step) for d in eval_datasets(self.config)):
+        due = [dataset for dataset in eval_datasets(self.config) if self._due(dataset.interval, step)]
+        if self._evaluate is None or not due:
             return
         if step == self.start and (flags.skip_eval_before_train or step > 0):
             return  # a continued run evaluated this step before it stopped
         with self._phase("evaluate", step):
-            self.tracker.add(self.rollout_manager.evaluate(step))
+            self.tracker.add(self._evaluate(step, due))
+
+    def _choose_evaluation(self) -> Callable[[int, Sequence[EvalDataset]], dict[str, float]] | None:
+        """By the engines, which answer prompts; by the trainers, where the answers are there; None in half a run."""
+        manager, trainers = self.rollout_manager, self.trainers
+        if job_of(self.config).rows == "prompts":
+            return (lambda step, due: manager.evaluate(step)) if self._engines.processes else None
+        if trainers is None or self._prepared.prompts is None or not eval_datasets(self.config):
+            return None
+        shards = manager.evaluation_shards()
+
+        def evaluate(step: int, due: Sequence[EvalDataset]) -> dict[str, float]:
+            started = time.perf_counter()
+            found = {name: trainers.evaluate(name, shards[name]) for name in (dataset.name for dataset in due)}
+            metrics = {f"eval/{name}/{key}": value for name, values in found.items() for key, value in values.items()}
+            return {**metrics, "perf/eval_time": time.perf_counter() - started}
+
+        return evaluate
 
     def finish_step(self, step: int) -> None:
         """Writes the step's line of metrics."""
@@ -307,7 +326,7 @@ class App:
     def summary(self) -> None:
         """Before and after, and where to look."""
         first, last = self.tracker.first, self.tracker.last
-        scores = sorted(key for key in last if key.startswith("eval/") and key.count("/") == 1)
+        scores = sorted(key for key in last if key.startswith("eval/") and _is_headline(key))
         rows = [
             (key, f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}")
             for key in ("rollout/raw_reward", *scores)
@@ -318,3 +337,8 @@ class App:
         self.display.note(f"run directory: {self.run_dir.path}")
         if self._report is not None:
             self.display.note(f"report: {self.run_dir.path / 'report.html'}")
+
+
+def _is_headline(key: str) -> bool:
+    """Of an evaluation: its score, or what the trainers say of it."""
+    return key.count("/") == 1 or key.rpartition("/")[2] in ("loss", "token_accuracy", "accuracy")

@@ -21,7 +21,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from miles.config import Config
+from miles.config import Config, job_of
 from miles.errors import PlacementError
 
 #: A CPU rank's share of a core in Ray's accounting; it is a ticket, not a limit.
@@ -47,12 +47,13 @@ class Layout:
 
     @classmethod
     def of(cls, config: Config) -> Layout:
-        """From the resolved GPU-count flags. Debug runs leave one side out."""
+        """From the resolved GPU-count flags. Debug runs leave one side out, jobs on data sets the engines."""
         cluster, sglang, debug = config.cluster, config.sglang, config.debug
         assert cluster.actor_num_gpus_per_node is not None
         assert sglang.rollout_num_gpus is not None
         actors = 0 if debug.debug_rollout_only else cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
-        engine_gpus = 0 if debug.debug_train_only else sglang.rollout_num_gpus
+        has_engines = job_of(config).engines and not debug.debug_train_only
+        engine_gpus = sglang.rollout_num_gpus if has_engines else 0
         per_engine = sglang.rollout_num_gpus_per_engine
         first = 0 if cluster.colocate else actors
         engines = [tuple(range(first + i, first + i + per_engine)) for i in range(0, engine_gpus, per_engine)]

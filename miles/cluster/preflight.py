@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles import data, engines, observe, rollout, trainers
-from miles.config import Config, Problem, budget_table, derive_num_rollout, import_plugins, raise_if
+from miles.config import Config, Problem, budget_table, derive_num_rollout, import_plugins, job_of, raise_if
 from miles.data import PromptData
 from miles.errors import DataError
 from miles.observe import RunState
@@ -58,6 +58,11 @@ def _load_prompts(config: Config) -> PromptData | None:
     assert flags.prompt_data is not None
     assert config.ckpt.hf_checkpoint is not None
     tokenizer = data.load_tokenizer(config.ckpt.hf_checkpoint)
+    if job_of(config).rows != "prompts":
+        rollout.load_eval_rows(config, tokenizer)
+        rows = rollout.load_rows(config, tokenizer)
+        rollout.channels_of(rows)
+        return rows
     rollout.load_eval_prompts(config, tokenizer)  # the rollout manager reads them again; here it costs no process
     prompts = data.load_prompts(
         flags.prompt_data,

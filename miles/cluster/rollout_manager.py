@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from miles.config import Config, args_view, import_plugins
+from miles.config import Config, args_view, import_plugins, job_of
 from miles.data import (
     PromptData,
     RolloutDataSource,
@@ -33,7 +33,7 @@ from miles.engines.pool import EnginePool
 from miles.errors import CheckpointError
 from miles.observe import RunDir, open_process_log
 from miles.observe.report.trace import MAX_TOKENS, TokenTexts, TracedSample, TraceFiles, choose_samples
-from miles.rollout import LogHooks, Rollout
+from miles.rollout import DatasetRollout, LogHooks, Rollout, channels_of, load_eval_rows
 from miles.types import RolloutOutput, WeightVersion
 
 from .actors import Beat, actor, all_stacks, control, sign_of_life
@@ -69,6 +69,9 @@ class RolloutManagerActor:
         self._progress = (0, 0, 0)
         self._states: dict[int, dict[str, Any]] = {}
         self._rollout: Rollout | None = None
+        self._dataset: DatasetRollout | None = None
+        self._eval_shards: dict[str, tuple[ray.ObjectRef, ...]] = {}
+        self._channels: tuple[str, ...] = ()
         self._pool: EnginePool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         assert config.ckpt.hf_checkpoint is not None
@@ -85,6 +88,8 @@ class RolloutManagerActor:
             if prompts is not None
             else None
         )
+        if prompts is not None and job_of(config).rows != "prompts":
+            self._channels = channels_of(prompts)
 
     async def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
         """Connects to the engines and, when the run continues a checkpoint, takes up its `state`."""
@@ -92,6 +97,11 @@ class RolloutManagerActor:
         if self.source is not None:
             if state:
                 self.source.load_state_dict(state["source"])
+            if job_of(self.config).rows != "prompts":
+                assert self.config.rollout.rollout_batch_size is not None
+                self._dataset = DatasetRollout(self.source, num_groups=self.config.rollout.rollout_batch_size)
+                self._eval_shards = self._evaluation_batches()
+                return
             cluster = self.config.cluster
             self._pool = EnginePool(
                 [self._client(e) for e in engines],
@@ -141,6 +151,7 @@ class RolloutManagerActor:
             rollout_id=rollout_id,
             dp_size=self.dp_size,
             score_all=rollout_id % SCORE_ALL_INTERVAL == SCORE_ALL_INTERVAL - 1,
+            channels=self._channels,
         )
         if self.source is not None:
             self._states[rollout_id] = {"source": self.source.state_dict()}
@@ -162,8 +173,28 @@ class RolloutManagerActor:
     async def _make(self, rollout_id: int) -> RolloutOutput:
         if template := self.config.debug.load_debug_rollout_data:
             return RolloutOutput(groups=load_rollout_samples(template.format(rollout_id=rollout_id)))
-        assert self._rollout is not None
-        return await self._rollout.generate(rollout_id)
+        makes = self._dataset or self._rollout
+        assert makes is not None, "start() first"
+        return await makes.generate(rollout_id)
+
+    def _evaluation_batches(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
+        """Rows of each evaluation data set, one shard for each data-parallel rank: they are the same at every step."""
+        found = {}
+        for dataset, groups in load_eval_rows(self.config, self.tokenizer):
+            built = build_train_batches(
+                groups,
+                config=self.config,
+                rollout_id=0,
+                dp_size=self.dp_size,
+                as_one_step=True,
+                channels=self._channels,
+            )
+            found[dataset.name] = tuple(ray.put(batch) for batch in built.batches)
+        return found
+
+    async def evaluation_shards(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
+        """Data set -> one `TrainBatch` for each data-parallel rank, where evaluations are made by the trainers."""
+        return self._eval_shards
 
     def _keep(self, rollout_id: int, output: RolloutOutput) -> None:
         save_rollout_samples(self.run_dir.samples / f"rollout_{rollout_id:06d}.jsonl", output.groups)
@@ -278,6 +309,9 @@ class RolloutManager:
 
     def evaluate(self, rollout_id: int) -> dict[str, float]:
         return self._wait(self.process.handle.evaluate.remote(rollout_id), f"evaluation {rollout_id}", watch=True)
+
+    def evaluation_shards(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
+        return self._wait(self.process.handle.evaluation_shards.remote(), "the rows of the evaluations")
 
     def state_after(self, rollout_id: int) -> dict[str, Any]:
         return self._wait(

@@ -85,6 +85,9 @@ class TrainerActor:
         metrics = self.trainer.train(batch)
         return Trained(metrics, self.trainer.traced)
 
+    def evaluate(self, batch: TrainBatch) -> dict[str, float]:
+        return self.trainer.evaluate(batch)
+
     def publish(self, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats | None:
         """Every rank gathers its part of each tensor; the main rank sends. Returns the main rank's figures."""
         weights = self.trainer.named_weights()
@@ -196,6 +199,10 @@ class TrainerGroup:
             ranks[0].metrics,
             {position: values for rank in ranks for position, values in rank.log_probs.items()},
         )
+
+    def evaluate(self, name: str, shards: Sequence[ray.ObjectRef]) -> dict[str, float]:
+        """Loss and metrics of one evaluation data set, without a gradient; `shards` as in `train`."""
+        return self._all(f"evaluation {name}", lambda h, rank: h.evaluate.remote(shards[rank]))[0]
 
     def publish(self, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats:
         return self._all(

@@ -20,10 +20,12 @@ from .groups import (
     OptimizerArgs,
     PerfArgs,
     RolloutArgs,
+    SftArgs,
     SglangArgs,
     TrackingArgs,
 )
 from .hooks import absolute_hook, load_hook, load_module
+from .jobs import Job, job_of
 from .platform import Platform, detect_platform
 from .plugins import import_plugins
 from .problem import Problem, nearest, raise_if, suggestion
@@ -41,6 +43,7 @@ __all__ = [
     "EvalArgs",
     "EvalDataset",
     "GrpoArgs",
+    "Job",
     "ModelArgs",
     "NotInEffect",
     "OptimizerArgs",
@@ -49,6 +52,7 @@ __all__ = [
     "Problem",
     "Resolution",
     "RolloutArgs",
+    "SftArgs",
     "SglangArgs",
     "Source",
     "TrackingArgs",
@@ -63,6 +67,7 @@ __all__ = [
     "engine_server_args",
     "eval_datasets",
     "import_plugins",
+    "job_of",
     "load_hook",
     "load_module",
     "make_config",

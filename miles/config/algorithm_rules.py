@@ -284,6 +284,8 @@ ALGORITHM_RULES: tuple[Rule, ...] = (
 def algorithm_warnings(config: Config) -> Iterator[str]:
     """What is allowed and probably not meant."""
     rollout, grpo = config.rollout, config.grpo
+    if grpo.loss_type != "policy_loss":
+        return
     compares = grpo.advantage_estimator not in WITHOUT_GROUP and not grpo.disable_rewards_normalization
     if rollout.n_samples_per_prompt == 1 and compares:
         yield "--n-samples-per-prompt 1: a group of one has advantage 0, so nothing is learned"

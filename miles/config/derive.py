@@ -16,6 +16,7 @@ from .fields import build_config, fields, show
 from .groups import Config
 from .hf import model_values, read_hf_config
 from .hooks import absolute_hook, absolute_path
+from .jobs import JOBS
 from .platform import Platform
 from .problem import Problem
 from .source import DEFAULT, Source
@@ -109,6 +110,8 @@ def _batch_sizes(draft: Draft) -> None:
 def _lengths(draft: Draft) -> None:
     v = draft.values
     limit, engine_limit = v["max_position_embeddings"], v["sglang_args"].get("context_length")
+    if not JOBS[v["loss_type"]].engines and v["seq_length"] is not None:
+        draft.fill("rollout_max_context_len", min(v["seq_length"], limit or v["seq_length"]), "--seq-length")
     if isinstance(engine_limit, int) and (limit is None or engine_limit < limit):
         draft.fill("rollout_max_context_len", engine_limit, "--sglang-context-length")
     draft.fill("rollout_max_context_len", limit, "--max-position-embeddings")
@@ -137,7 +140,7 @@ def _loss(draft: Draft) -> None:
     draft.fill("dppo_threshold", 0.15 if v["dppo_divergence"] == "tv" else 0.05, "--dppo-divergence")
     if v["calculate_per_token_loss"]:
         draft.fill("loss_aggregation", "token_mean", "--calculate-per-token-loss")
-    draft.fill("loss_aggregation", "seq_mean", "--advantage-estimator")
+    draft.fill("loss_aggregation", JOBS[v["loss_type"]].loss_aggregation, "--loss-type")
     if v["loss_aggregation"] == "constant":
         draft.fill("loss_constant_length", v["rollout_max_response_len"], "--rollout-max-response-len")
     if v["use_tis"] and v["custom_tis_function_path"] is None:

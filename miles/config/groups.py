@@ -55,7 +55,7 @@ class ModelArgs:
     make_vocab_size_divisible_by: int | None = None
     """Pads the vocabulary to a multiple of this times TP; 128 on GPU, 1 on CPU."""
     seq_length: int | None = None
-    """Longest training sequence in tokens; an error where --rollout-max-context-len allows longer ones."""
+    """Longest training sequence in tokens; an error where --rollout-max-context-len allows longer ones. What becomes of longer rows of a data set says --overlong-rows."""
     max_position_embeddings: int | None = None
     """Longest position the model knows."""
     spec: tuple[str, ...] | None = None
@@ -244,6 +244,8 @@ class PerfArgs:
 class GrpoArgs:
     """GRPO: Advantages, losses and corrections."""
 
+    loss_type: Literal["policy_loss", "sft_loss"] = "policy_loss"
+    """What is trained: policy_loss (answers of the engines, by their rewards), sft_loss (conversations of --prompt-data, as they are)."""
     advantage_estimator: str = "grpo"
     """Advantage estimator: grpo, gspo (with --policy-loss gspo), rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, gdpo, maxrl, remax, opo, pass_at_k, or one that a --plugin registers; see docs/algorithms.md."""
     policy_loss: str | None = None
@@ -312,6 +314,20 @@ class GrpoArgs:
     """Leave out sequences of negative advantage whose log-probs fell by more than --opsm-delta a token since they were sampled."""
     opsm_delta: float = 1e-4
     """That threshold, the mean over a row's trained tokens of old minus new log-probs."""
+
+
+@dataclass(frozen=True)
+class SftArgs:
+    """SFT: Conversations that are there already; --prompt-data has them in the column messages, or as prompt and completion."""
+
+    sft_token_loss: Literal["cross_entropy", "dft"] = "cross_entropy"
+    """Loss of a token: cross_entropy, or dft, the same times the token's own probability."""
+    loss_scale: Literal["assistant", "last_round", "all"] = "assistant"
+    """Messages that are trained on: the assistant's, those after the last question, or all. The keys loss_scale (a number) and loss (true or false) of a message win."""
+    channel_key: str = "channel"
+    """Column that names a row's channel, by which the loss is reported; used where present."""
+    overlong_rows: Literal["refuse", "drop", "truncate"] = "refuse"
+    """Rows longer than --seq-length: an error, left out, or cut at the end."""
 
 
 @dataclass(frozen=True)
@@ -484,6 +500,7 @@ class Config:
     eval: EvalArgs = field(default_factory=EvalArgs)
     perf: PerfArgs = field(default_factory=PerfArgs)
     grpo: GrpoArgs = field(default_factory=GrpoArgs)
+    sft: SftArgs = field(default_factory=SftArgs)
     optimizer: OptimizerArgs = field(default_factory=OptimizerArgs)
     sglang: SglangArgs = field(default_factory=SglangArgs)
     cluster: ClusterArgs = field(default_factory=ClusterArgs)

@@ -45,7 +45,6 @@ PARTS: tuple[Part, ...] = (
     Part(
         "more losses and corrections",
         {
-            "loss-type": "the loss, by name",
             "custom-loss-function-path": "a loss of one's own",
             "custom-pg-loss-reducer-function-path": "a reduction of the policy loss of one's own",
             "disable-compute-advantages-and-returns": "training without advantages, for supervised losses",
@@ -383,7 +382,6 @@ INSTEAD: Mapping[str, str] = {
     "observe-training-entropy": "leave it out: entropy is always logged",
     "skip-actor-forward-only": "leave it out: with one optimizer step per rollout there is no such pass",
     "no-check-for-nan-in-loss-and-grad": "leave it out: a NaN always stops the run before weights are touched",
-    "loss-type": "the loss is policy_loss",
     "eval-input-key": "set input_key of a dataset in --eval-config",
     "eval-label-key": "set label_key of a dataset in --eval-config",
     "eval-tool-key": "set tool_key of a dataset in --eval-config",
@@ -412,7 +410,6 @@ ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "no-gradient-accumulation-fusion": ((),),
     "position-embedding-type": (("rope",),),
     "megatron-to-hf-mode": (("raw",),),
-    "loss-type": (("policy_loss",),),
     "num-critic-only-steps": (("0",),),
     "update-weights-interval": (("1",),),
     "pause-generation-mode": (("abort",),),
@@ -426,6 +423,12 @@ ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 #: Field -> choices that its flag will have -> what they would do.
 PLANNED_CHOICES: Mapping[str, Mapping[str, str]] = {
+    "loss_type": {
+        **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo"), "training on preferences"),
+        "rm": "training of a reward model",
+        "gkd": "distillation from a teacher",
+        "custom_loss": "a loss of one's own",
+    },
     "advantage_estimator": {
         "ppo": "GAE with a critic",
     },

@@ -17,6 +17,7 @@ from .engine_args import DETERMINISTIC_BACKENDS, check_engine_args
 from .eval_datasets import eval_datasets
 from .fields import fields, flatten, show
 from .groups import Config
+from .jobs import JOB_RULES, job_of
 from .problem import Problem
 from .reward_rules import REWARD_RANGES, REWARD_RULES
 from .rule import Facts, Range, Rule, needs
@@ -150,7 +151,7 @@ def chat_template_kwargs_need_template(facts: Facts) -> Iterator[Problem]:
     yield from needs(
         facts,
         ("apply_chat_template_kwargs",),
-        unless=facts.config.rollout.apply_chat_template,
+        unless=facts.config.rollout.apply_chat_template or job_of(facts.config).rows != "prompts",
         why="without --apply-chat-template no template is rendered",
         fix="add --apply-chat-template, or leave it out",
     )
@@ -160,7 +161,7 @@ def tools_need_template(facts: Facts) -> Iterator[Problem]:
     yield from needs(
         facts,
         ("tool_key",),
-        unless=facts.config.rollout.apply_chat_template,
+        unless=facts.config.rollout.apply_chat_template or job_of(facts.config).rows != "prompts",
         why="tool specs enter a prompt through the chat template alone",
         fix="add --apply-chat-template, or leave it out",
     )
@@ -609,6 +610,7 @@ RULES: tuple[Rule, ...] = (
     engine_flags,
     *ALGORITHM_RULES,
     *REWARD_RULES,
+    *JOB_RULES,
 )
 
 LAUNCH_RULES: tuple[Rule, ...] = (

@@ -5,6 +5,7 @@ load_prompts -> RolloutDataSource -> (rollout) -> build_train_batches -> one Tra
 
 from .batch import TrainBatches, build_train_batches
 from .check import check
+from .conversations import ConversationFormat, load_conversations
 from .debug import load_rollout_samples, save_rollout_samples
 from .plan import Plan, plan_batch
 from .prompts import Prompt, PromptData, load_prompts
@@ -13,6 +14,7 @@ from .source import RolloutDataSource
 from .tokenizer import load_tokenizer
 
 __all__ = [
+    "ConversationFormat",
     "Plan",
     "Prompt",
     "PromptData",
@@ -22,6 +24,7 @@ __all__ = [
     "build_train_batches",
     "check",
     "check_sample",
+    "load_conversations",
     "load_prompts",
     "load_rollout_samples",
     "load_tokenizer",

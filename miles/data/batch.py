@@ -19,7 +19,7 @@ import numpy as np
 
 from miles.algo.advantages import AdvantageSpec, Outcomes, advantage_estimators, equal_reward_groups
 from miles.algo.aggregation import loss_weights
-from miles.config import Config, GrpoArgs, args_view
+from miles.config import Config, GrpoArgs, args_view, job_of
 from miles.errors import ConfigError, DataError, HookError
 from miles.interfaces import Args
 from miles.types import GREEDY_REWARD, Sample, SampleGroup, Status, StepTotals, TrainBatch, reward_parts
@@ -75,16 +75,20 @@ def build_train_batches(
     dp_size: int,
     reward_post_process: RewardPostProcess | None = None,
     score_all: bool = False,
+    as_one_step: bool = False,
+    channels: Sequence[str] = (),
 ) -> TrainBatches:
     """The trainers' batches of one rollout, and its metrics.
 
+    as_one_step makes one optimizer step of any number of trajectories: what is evaluated is not cut. channels: names that
+    `metadata["channel"]` of a sample may have; a row's is sent with it.
     reward_post_process replaces group normalisation. score_all keeps rows of zero advantage, which are otherwise left out
     when neither a KL nor an entropy term applies to them: their gradient is zero, and denominators count them all the same.
     Raises DataError for a sample that breaks its contract or a number of trajectories that `global_batch_size` does not
     divide, HookError for what the hook returned.
     """
     trajectories = _trajectories(groups)
-    step_size = _step_size(len(trajectories), config)
+    step_size = max(len(trajectories), 1) if as_one_step else _step_size(len(trajectories), config)
     num_steps = len(trajectories) // step_size
     scored = [t for t in trajectories if not t.failed]
     raw, advantages, reward_metrics = _rewards(scored, config, reward_post_process)
@@ -121,13 +125,18 @@ def build_train_batches(
         "group_index": kept.group_index,
         "position": position,
     }
+    if channels:
+        columns["channel"] = _channels([s for group in groups for s in group], position, channels)
     with_log_probs = _has_rollout_log_probs(kept, config.grpo)
     plan = _plan(kept.total_lengths[sent], step_of_row[sent], num_steps, dp_size, config)
     batches = [
         _slice(kept, columns, np.flatnonzero(sent), plan, rank, totals, rollout_id, with_log_probs)
         for rank in range(dp_size)
     ]
-    return TrainBatches(batches, _metrics(trajectories, raw, totals) | reward_metrics, advantage_of)
+    for batch in batches:
+        batch.metadata["channels"] = tuple(channels)
+    has_rewards = job_of(config).rewards
+    return TrainBatches(batches, _metrics(trajectories, raw, totals, has_rewards) | reward_metrics, advantage_of)
 
 
 def _trajectories(groups: list[SampleGroup]) -> list[Trajectory]:
@@ -168,6 +177,9 @@ def _rewards(
     if reward_post_process is not None:
         return *_post_processed([row for t in scored for row in t.rows], config, reward_post_process), {}
 
+    if not job_of(config).rewards:
+        ones = np.ones(sum(len(t.rows) for t in scored))
+        return ones, ones, {}
     outcomes = _outcomes(scored, config)
     try:
         advantages = advantage_estimators.get(config.grpo.advantage_estimator)(outcomes, advantage_spec(config))
@@ -307,6 +319,17 @@ def _weights(
     return weights, tuple(totals)
 
 
+def _channels(samples: Sequence[Sample], positions: np.ndarray, channels: Sequence[str]) -> np.ndarray:
+    """[B] i64: number of each row's channel. DataError for one that has no name in `channels`."""
+    numbers = {name: number for number, name in enumerate(channels)}
+    found = [samples[position].metadata.get("channel") for position in positions]
+    if (unknown := next((name for name in found if name not in numbers), None)) is not None or None in found:
+        raise DataError(
+            f"channel, got {unknown!r}: the training data has {', '.join(channels)}; name one of them in every row"
+        )
+    return np.array([numbers[str(name)] for name in found], dtype=np.int64)
+
+
 def _has_rollout_log_probs(rows: TrainRows, grpo: GrpoArgs) -> bool:
     """Whether the column is sent: decided by all rows. DataError where a row lacks what a feature needs."""
     missing = rows.index[~rows.has_log_probs]
@@ -370,6 +393,8 @@ def _slice(
     ragged = {"tokens": taken.tokens, "loss_mask": taken.loss_mask}
     if with_log_probs:
         ragged["rollout_log_probs"] = taken.rollout_log_probs
+    if taken.loss_scale is not None:
+        ragged["loss_scale"] = taken.loss_scale
     return TrainBatch(
         rollout_id=rollout_id,
         rows={name: column[mine] for name, column in columns.items()},
@@ -393,7 +418,9 @@ def _reward_interval(rewards: np.ndarray, groups: np.ndarray) -> dict[str, float
     return {"rollout/raw_reward/ci_low": mean - half, "rollout/raw_reward/ci_high": mean + half}
 
 
-def _metrics(trajectories: list[Trajectory], raw: np.ndarray, totals: tuple[StepTotals, ...]) -> dict[str, float]:
+def _metrics(
+    trajectories: list[Trajectory], raw: np.ndarray, totals: tuple[StepTotals, ...], has_rewards: bool
+) -> dict[str, float]:
     """Metrics of the rollout. raw: [rows of trajectories that did not fail] reward. Rewards, lengths and truncation speak of trajectories that did not fail.
 
     `zero_std_ratio` is the share of groups whose rewards are all equal; `rows_skipped` counts rows that were left out since
@@ -411,17 +438,21 @@ def _metrics(trajectories: list[Trajectory], raw: np.ndarray, totals: tuple[Step
     }
     if not scored:
         return metrics
+    lengths = np.array([sum(row.response_length for row in t.rows) for t in scored])
+    metrics |= {
+        "rollout/response_len/mean": float(lengths.mean()),
+        "rollout/response_len/max": float(lengths.max()),
+        "rollout/response_len/min": float(lengths.min()),
+        "rollout/truncated_ratio": float(np.mean([t.truncated for t in scored])),
+    }
+    if not has_rewards:
+        return metrics
     rewards = raw[np.cumsum([len(t.rows) for t in scored]) - 1]
     groups = np.array([t.group for t in scored])
     _, first = np.unique(groups, return_index=True)
-    lengths = np.array([sum(row.response_length for row in t.rows) for t in scored])
     return metrics | {
         "rollout/raw_reward": float(rewards.mean()),
         **_reward_interval(rewards, groups),
         "rollout/reward_std": float(rewards.std()),
         "rollout/zero_std_ratio": float(equal_reward_groups(rewards, groups)[first].mean()),
-        "rollout/response_len/mean": float(lengths.mean()),
-        "rollout/response_len/max": float(lengths.max()),
-        "rollout/response_len/min": float(lengths.min()),
-        "rollout/truncated_ratio": float(np.mean([t.truncated for t in scored])),
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from miles.errors import ConfigError, DataError
@@ -26,8 +27,22 @@ TOKENIZE_BATCH = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer that is there already, as one row to train on. Legend: `T` tokens of prompt and response, `R` of the response."""
+
+    tokens: np.ndarray
+    """[T] int32. The response is the last R of them."""
+    loss_mask: np.ndarray
+    """[R] uint8"""
+    loss_scale: np.ndarray | None
+    """[R] float32; None is 1 everywhere."""
+    text: str
+    """Of the response."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, ready to be sampled from."""
+    """One prompt, ready to be sampled from, or a row of a data set with its answers."""
 
     prompt: str | list[dict[str, Any]]
     """Text after the chat template, or the messages themselves when no template is applied."""
@@ -37,6 +52,8 @@ class Prompt:
     metadata: dict[str, Any]
     line: int
     """In the file, from 1."""
+    answers: tuple[Answer, ...] = ()
+    """Of a row that is trained on as it is; they are rows of one trajectory. Empty where engines answer."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +100,8 @@ def load_prompts(
     def prepare(row: Row) -> Prompt:
         """The row without its tokens."""
         where = f"{file}:{row.line}"
-        prompt = _prompt(row.values, input_key, where)
-        metadata = _json_object(row.values.get(metadata_key), metadata_key, where)
+        prompt = read_prompt(row.values, input_key, where)
+        metadata = json_object(row.values.get(metadata_key), metadata_key, where)
         try:
             required = needs_label(metadata)
         except ConfigError as error:  # what a row asks for is the row's mistake
@@ -92,15 +109,15 @@ def load_prompts(
         label = _label(row.values, label_key, where, required=required)
         if apply_chat_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            tools = _json_list(row.values.get(tool_key), tool_key, where)
-            prompt = _render(tokenizer, messages, tools, template_kwargs, where)
+            tools = json_list(row.values.get(tool_key), tool_key, where)
+            prompt = render(tokenizer, messages, tools, template_kwargs, where)
         elif require_tokens and not isinstance(prompt, str):
             raise DataError(
                 f"{where}, got messages in {input_key!r}: without a chat template they have no tokens; "
                 "add --apply-chat-template, or a generation hook that renders them"
             )
-        if isinstance(prompt, str) and not _is_unicode(prompt):
-            raise DataError(f"{where}, got {_short(prompt)}: half of a surrogate pair is no character; mend the row")
+        if isinstance(prompt, str) and not is_unicode(prompt):
+            raise DataError(f"{where}, got {short(prompt)}: half of a surrogate pair is no character; mend the row")
         return Prompt(prompt, [], label, metadata, row.line)
 
     kept: list[Prompt] = []
@@ -120,11 +137,11 @@ def load_prompts(
                 skipped += 1
                 continue
             kept.append(prompt)
-            _digest(digest, prompt)
+            add_to_digest(digest, prompt)
     return PromptData(path, tuple(kept), skipped, digest.hexdigest())
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """JSON can say \\ud800 alone; no tokenizer takes it."""
     try:
         text.encode()
@@ -138,10 +155,10 @@ def _batched(items: Iterator[Prompt], size: int) -> Iterator[list[Prompt]]:
         yield batch
 
 
-def _prompt(values: dict[str, Any], key: str, where: str) -> str | list[dict[str, Any]]:
+def read_prompt(values: dict[str, Any], key: str, where: str) -> str | list[dict[str, Any]]:
     if values.get(key) is None:
         raise DataError(
-            f"{where}, got columns {_short(sorted(values), 400)}: no {key!r} among them; name the prompt column with --input-key"
+            f"{where}, got columns {short(sorted(values), 400)}: no {key!r} among them; name the prompt column with --input-key"
         )
     value = values[key]
     if isinstance(value, str) and value:
@@ -150,7 +167,7 @@ def _prompt(values: dict[str, Any], key: str, where: str) -> str | list[dict[str
         # Parquet gives every message the union of all messages' fields, with None for those it did not have.
         return [{k: v for k, v in message.items() if v is not None} for message in value]
     raise DataError(
-        f"{where}, got {_short(value)} in {key!r}: a prompt is a text or a list of messages "
+        f"{where}, got {short(value)} in {key!r}: a prompt is a text or a list of messages "
         '{"role": ..., "content": ...}, and not empty; mend the row'
     )
 
@@ -166,20 +183,20 @@ def _label(values: dict[str, Any], key: str | None, where: str, *, required: boo
     return label
 
 
-def _json_object(value: Any, key: str, where: str) -> dict[str, Any]:
+def json_object(value: Any, key: str, where: str) -> dict[str, Any]:
     value = _json_text(value, key, where)
     if value is None:
         return {}
     if isinstance(value, dict):
         return value
-    raise DataError(f"{where}, got {_short(value)} in {key!r}: metadata is an object; write {{...}} or leave it out")
+    raise DataError(f"{where}, got {short(value)} in {key!r}: metadata is an object; write {{...}} or leave it out")
 
 
-def _json_list(value: Any, key: str, where: str) -> list[Any] | None:
+def json_list(value: Any, key: str, where: str) -> list[Any] | None:
     value = _json_text(value, key, where)
     if value is None or isinstance(value, list):
         return value or None
-    raise DataError(f"{where}, got {_short(value)} in {key!r}: tools are a list of specs; write [...] or leave it out")
+    raise DataError(f"{where}, got {short(value)} in {key!r}: tools are a list of specs; write [...] or leave it out")
 
 
 def _json_text(value: Any, key: str, where: str) -> Any:
@@ -190,11 +207,11 @@ def _json_text(value: Any, key: str, where: str) -> Any:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}, got {_short(value)} in {key!r}: its text is not JSON ({error}); mend the row"
+            f"{where}, got {short(value)} in {key!r}: its text is not JSON ({error}); mend the row"
         ) from error
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     tools: list[Any] | None,
@@ -212,13 +229,17 @@ def _render(
         ) from error
 
 
-def _digest(digest: xxhash.xxh3_128, prompt: Prompt) -> None:
+def add_to_digest(digest: xxhash.xxh3_128, prompt: Prompt) -> None:
     rest = json.dumps([prompt.prompt, prompt.label, prompt.metadata], sort_keys=True, default=str)
     # Lengths first, so that no two sequences of prompts give the same bytes.
     digest.update(array("q", [len(prompt.tokens), len(rest), *prompt.tokens]).tobytes())
     digest.update(rest.encode())
+    for answer in prompt.answers:
+        scale = b"" if answer.loss_scale is None else answer.loss_scale.tobytes()
+        digest.update(array("q", [len(answer.tokens), len(answer.loss_mask), len(scale)]).tobytes())
+        digest.update(answer.tokens.tobytes() + answer.loss_mask.tobytes() + scale)
 
 
-def _short(value: Any, limit: int = 60) -> str:
+def short(value: Any, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."

@@ -28,6 +28,8 @@ class TrainRow:
     """[R] uint8."""
     rollout_log_probs: np.ndarray | None
     """[R] float32; None where the sample has none."""
+    loss_scale: np.ndarray | None
+    """[R] float32; None where all of it is 1."""
     trained_tokens: int
     """Response tokens that are not masked."""
     temperature: float
@@ -120,6 +122,18 @@ def check_sample(sample: Sample) -> TrainRow:
     else:
         log_probs = None
 
+    scale = None
+    if sample.loss_scale is not None:
+        scale = _numbers(sample.loss_scale)
+        if scale is None or len(scale) != length or not (np.isfinite(scale) & (scale >= 0)).all():
+            raise refuse(
+                "loss_scale",
+                _short(sample.loss_scale),
+                f"it weighs each of {length} response tokens",
+                "give each a number from 0 up",
+            )
+        scale = scale.astype(np.float32)
+
     if not isinstance(sample.temperature, (int, float)) or not 0 <= sample.temperature < math.inf:
         raise refuse(
             "temperature", _short(sample.temperature), "logits are divided by it", "give the sampling temperature"
@@ -128,6 +142,7 @@ def check_sample(sample: Sample) -> TrainRow:
         tokens=tokens,
         loss_mask=mask,
         rollout_log_probs=log_probs,
+        loss_scale=scale,
         trained_tokens=int(np.count_nonzero(mask)),
         temperature=sample.temperature or 1.0,
         index=sample.index,

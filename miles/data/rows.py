@@ -31,6 +31,8 @@ class TrainRows:
     """[R] uint8."""
     rollout_log_probs: np.ndarray
     """[R] float32; 0 in rows that have none."""
+    loss_scale: np.ndarray | None
+    """[R] float32; None where no row has one."""
     has_log_probs: np.ndarray
     """[B] bool."""
     total_lengths: np.ndarray
@@ -58,6 +60,7 @@ class TrainRows:
             tokens=self.tokens[of_tokens],
             loss_mask=self.loss_mask[of_response],
             rollout_log_probs=self.rollout_log_probs[of_response],
+            loss_scale=None if self.loss_scale is None else self.loss_scale[of_response],
             has_log_probs=self.has_log_probs[rows],
             total_lengths=self.total_lengths[rows],
             response_lengths=self.response_lengths[rows],
@@ -87,6 +90,7 @@ def _plain_rows(samples: Sequence[Sample]) -> TrainRows | None:
             and 0 <= length < len(s.tokens)
             and (mask is None or (type(mask) is list and len(mask) == length))
             and ((type(log_probs) is list and len(log_probs) == length) if with_log_probs else log_probs is None)
+            and s.loss_scale is None
             and type(s.temperature) is float
             and 0 <= s.temperature < math.inf
             and is_id(s.index)
@@ -106,6 +110,7 @@ def _plain_rows(samples: Sequence[Sample]) -> TrainRows | None:
         tokens,
         masks,
         values if with_log_probs else np.zeros(len(masks)),
+        None,
         [with_log_probs] * len(samples),
         [
             (len(s.tokens), s.response_length, s.temperature or 1.0, s.index, trajectory_of(s), s.group_index)
@@ -129,6 +134,7 @@ def _side_by_side(rows: Sequence[TrainRow]) -> TrainRows:
     nothing = [np.empty(0)]
     lengths = [len(row.loss_mask) for row in rows]
     none = [np.zeros(length) for length in lengths]
+    scales = [np.ones(len(row.loss_mask)) if row.loss_scale is None else row.loss_scale for row in rows]
     return _columns(
         np.concatenate([row.tokens for row in rows] or nothing),
         np.concatenate([row.loss_mask for row in rows] or nothing),
@@ -136,6 +142,7 @@ def _side_by_side(rows: Sequence[TrainRow]) -> TrainRows:
             [z if row.rollout_log_probs is None else row.rollout_log_probs for row, z in zip(rows, none, strict=True)]
             or nothing
         ),
+        np.concatenate(scales) if any(row.loss_scale is not None for row in rows) else None,
         [row.rollout_log_probs is not None for row in rows],
         [
             (len(row.tokens), length, row.temperature, row.index, row.trajectory_id, row.group_index)
@@ -148,6 +155,7 @@ def _columns(
     tokens: np.ndarray,
     loss_mask: np.ndarray,
     rollout_log_probs: np.ndarray,
+    loss_scale: np.ndarray | None,
     has_log_probs: list[bool],
     of_rows: list[tuple[Any, ...]],
 ) -> TrainRows:
@@ -159,6 +167,7 @@ def _columns(
         tokens=tokens.astype(np.int64, copy=False),
         loss_mask=loss_mask.astype(np.uint8),
         rollout_log_probs=rollout_log_probs.astype(np.float32),
+        loss_scale=None if loss_scale is None else loss_scale.astype(np.float32),
         has_log_probs=np.array(has_log_probs, dtype=bool),
         total_lengths=np.array(total, dtype=np.int64),
         response_lengths=response_lengths,

@@ -10,6 +10,7 @@ the buffered groups.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from miles.errors import CheckpointError, DataError
-from miles.types import Sample, SampleGroup
+from miles.types import Sample, SampleGroup, Status
 
-from .prompts import Prompt, PromptData
+from .prompts import Answer, Prompt, PromptData
 
 
 def epoch_order(num_prompts: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -36,7 +37,8 @@ class RolloutDataSource:
     """The `DataSource` of training prompts. Every prompt comes exactly once an epoch, also across a resume.
 
     `group_index` numbers groups over the run, `index = group_index * n_samples_per_prompt + position` samples. Samples of a
-    group share the prompt's tokens but may each be changed. Not thread-safe. Raises DataError without a prompt.
+    group share the prompt's tokens but may each be changed. Prompts with answers come as finished samples, one for each
+    answer. Not thread-safe. Raises DataError without a prompt.
     """
 
     def __init__(self, prompts: PromptData, *, n_samples_per_prompt: int, shuffle: bool, seed: int) -> None:
@@ -48,7 +50,7 @@ class RolloutDataSource:
         if n_samples_per_prompt < 1:
             raise DataError(f"n_samples_per_prompt, got {n_samples_per_prompt}: a group has samples; give at least 1")
         self._prompts = prompts.prompts
-        self._n = n_samples_per_prompt
+        self._n = max([n_samples_per_prompt, *(len(prompt.answers) for prompt in prompts.prompts)])
         self._seed = seed
         self._shuffle = shuffle
         #: What the order and the numbering depend on: a state of another stream cannot be continued here.
@@ -122,7 +124,24 @@ class RolloutDataSource:
         self._position += 1
         if self._position == len(self._prompts):
             self._seek(self._epoch + 1, 0)
-        return [_sample(prompt, group_index, group_index * self._n + i) for i in range(self._n)]
+        first = group_index * self._n
+        if prompt.answers:
+            return [_answered(prompt, answer, group_index, first, i) for i, answer in enumerate(prompt.answers)]
+        return [_sample(prompt, group_index, first + i) for i in range(self._n)]
+
+
+def _answered(prompt: Prompt, answer: Answer, group_index: int, first: int, number: int) -> Sample:
+    """A finished sample. Answers of one row are one trajectory."""
+    return dataclasses.replace(
+        _sample(prompt, group_index, first + number),
+        trajectory_id=first,
+        tokens=answer.tokens.tolist(),
+        response=answer.text,
+        response_length=len(answer.loss_mask),
+        loss_mask=answer.loss_mask.tolist(),
+        loss_scale=None if answer.loss_scale is None else answer.loss_scale.tolist(),
+        status=Status.COMPLETED,
+    )
 
 
 def _sample(prompt: Prompt, group_index: int, index: int) -> Sample:

@@ -217,6 +217,14 @@ GROUPS: tuple[Group, ...] = (
                 "-",
                 "near 0 on policy, where advantages cancel: its level says nothing",
             ),
+            (
+                "train/nll",
+                "mean of minus log-prob (supervised losses)",
+                "scored tokens",
+                "nats",
+                "falls; judge it by eval/<dataset>/loss",
+            ),
+            ("train/nll_<channel>", "the same of one channel", "scored tokens of that channel", "nats", "as train/nll"),
             ("train/pg_loss", "its policy term", "as train/loss", "-", "as train/loss"),
             (
                 "train/kl_loss",
@@ -426,6 +434,14 @@ GROUPS: tuple[Group, ...] = (
                 "-",
                 "version",
                 "equals step",
+            ),
+            (
+                "eval/<dataset>/<metric>",
+                "of an evaluation by the trainers, without engines: `loss` and what goes with it, named as in training; "
+                "`token_accuracy`, the share of trained tokens that are the model's first choice",
+                "all rows of the data set, weighted as one optimizer step",
+                "as in training",
+                "loss falls, accuracies rise; where the loss rises while training goes on, the rows are learned by heart",
             ),
         ),
     ),

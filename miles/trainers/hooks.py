@@ -93,7 +93,7 @@ def custom_correction(path: str, config: Config) -> Callable[[torch.Tensor, Loss
     def names() -> list[str]:
         zero = torch.zeros(1)
         one_token = LossInputs(
-            **dict.fromkeys(("log_probs", "old_log_probs", "advantages", "token_weight", "rollout_log_probs"), zero),
+            **dict.fromkeys(("log_probs", "old_log_probs", "advantages", "token_weight", "rollout_log_probs"), zero),  # type: ignore[arg-type]
             loss_mask=torch.ones(1, dtype=torch.bool),
             row=torch.zeros(1, dtype=torch.long),
             num_rows=1,

@@ -67,6 +67,24 @@ def token_scores(
     return TokenScores(*_TokenScores.apply(hidden, weight, rows, local, scale, vocabulary, chunk))
 
 
+@torch.no_grad()
+def is_first_choice(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary, chunk_tokens: int = -1
+) -> Tensor:
+    """[R] bool: whether no token is more probable than the target. Arguments as in `token_scores`; the temperature has no say."""
+    rows, local = slice(0, vocabulary.rows), targets - vocabulary.start
+    chunk = max(len(targets), 1) if chunk_tokens == -1 else chunk_tokens
+    right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
+    for start in range(0, len(targets), chunk):
+        piece = slice(start, start + chunk)
+        logits = torch.mm(hidden[piece], weight[rows].t()).float()
+        best = logits.amax(dim=-1)
+        if vocabulary.is_split:
+            dist.all_reduce(best, op=dist.ReduceOp.MAX, group=vocabulary.group)
+        right[piece] = _pick(logits, local[piece], vocabulary) >= best
+    return right
+
+
 class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -47,7 +47,7 @@ class MicroBatch:
     loss_mask: Tensor
     """[R] bool"""
     token_weights: Tensor
-    """[R] fp32, 0 where the mask is."""
+    """[R] fp32: weight of the row times scale of the token, 0 where the mask is."""
     row: Tensor
     """[R] int64, ascending."""
     num_rows: int
@@ -61,6 +61,10 @@ class MicroBatch:
     """[R] where each response token is in the batch's response columns."""
     preferences: Preferences | None
     """What the rows say of each other, in a preference job."""
+    channel: Tensor | None = None
+    """[B] int64"""
+    channels: tuple[str, ...] = ()
+    """Names of channels, by number."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,9 @@ def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_
     def per_token(column: str) -> np.ndarray:
         return columns[column][rows].astype(np.float32)[row]
 
+    def scaled(weights: np.ndarray) -> np.ndarray:
+        return weights if "loss_scale" not in ragged else weights * ragged["loss_scale"][slots]
+
     tokens = ragged["tokens"][layout.inputs] if len(rows) else np.zeros(1)
     rollout = ragged.get("rollout_log_probs")
     return MicroBatch(
@@ -127,7 +134,7 @@ def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_
         temperatures=put(per_token("temperature")),
         advantages=put(per_token("rewards")),
         loss_mask=put(loss_mask, np.bool_),
-        token_weights=put(per_token("loss_weight") * loss_mask),
+        token_weights=put(scaled(per_token("loss_weight") * loss_mask)),
         row=put(row, np.int64),
         num_rows=len(rows),
         total_lengths=put(totals, np.int64),
@@ -135,6 +142,8 @@ def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_
         rollout_log_probs=None if rollout is None else put(rollout[slots]),
         slots=put(slots, np.int64),
         preferences=_preferences(columns, rows, device),
+        channel=None if "channel" not in columns else put(columns["channel"][rows], np.int64),
+        channels=batch.metadata.get("channels", ()),
     )
 
 

@@ -17,11 +17,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from miles.algo import Metric, PolicyLossSpec, merge_metrics, policy_loss
+from miles.algo import Metric, merge_metrics
+from miles.algo.metrics import own_mean
+from miles.trainers.losses import Loss
 from miles.types import LossInputs
 
 from . import cpu
-from .logprobs import TokenScores, Vocabulary, token_scores
+from .logprobs import TokenScores, Vocabulary, is_first_choice, token_scores
 from .model import PolicyModel
 from .packing import MicroBatch
 from .parallel import Parallel
@@ -49,12 +51,12 @@ class Passes:
         *,
         vocab_size: int,
         chunk_tokens: int,
-        spec: PolicyLossSpec,
+        loss: Loss,
         use_rollout_logprobs: bool,
     ):
         self._model, self._parallel = model, parallel
         self._policy: PolicyModel = model.module
-        self._chunk_tokens, self._spec, self._use_rollout_logprobs = chunk_tokens, spec, use_rollout_logprobs
+        self._chunk_tokens, self._loss, self._use_rollout_logprobs = chunk_tokens, loss, use_rollout_logprobs
         self._schedule = get_forward_backward_func()
         self._vocabulary = self._my_vocabulary(vocab_size)
         self.seen: Tensor | None = None
@@ -84,12 +86,28 @@ class Passes:
         """
 
         def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            outputs = policy_loss(self._loss_inputs(batch, self._scores(batch, hidden), known), self._spec)
+            outputs = self._loss.function(self._loss_inputs(batch, self._scores(batch, hidden), known))
             metrics = {**outputs.metrics, "loss": ("sum", outputs.loss.detach())}
             # Megatron would divide by this count; our denominators are in the weights already.
             return outputs.loss, torch.zeros((), dtype=torch.int), metrics
 
         return functools.reduce(merge_metrics, self._run(micro_batches, loss, forward_only=False), {})
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs) -> dict[str, Metric]:
+        """What `loss_and_gradients` returns, and `token_accuracy`: the share of trained tokens that the model would choose."""
+
+        def loss(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> dict[str, Metric]:
+            outputs = self._loss.function(self._loss_inputs(batch, self._scores(batch, hidden), known))
+            right = self._is_first_choice(batch, hidden)
+            mask, weights = batch.loss_mask, batch.token_weights
+            return {
+                **outputs.metrics,
+                "loss": ("sum", outputs.loss.detach()),
+                **own_mean("token_accuracy", right.float(), mask, weights),
+            }
+
+        return functools.reduce(merge_metrics, self._run(micro_batches, loss, forward_only=True), {})
 
     def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
         def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
@@ -112,15 +130,33 @@ class Passes:
 
     def _scores(self, batch: MicroBatch, hidden: Tensor) -> TokenScores:
         """hidden [T, 1, H] (or this rank's piece of T, with sequence parallelism) -> scores [R]."""
+        return token_scores(
+            self._predicting(batch, hidden),
+            self._policy.head_weight,
+            batch.targets,
+            batch.temperatures,
+            self._vocabulary,
+            self._chunk_tokens,
+        )
+
+    def _is_first_choice(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        """[R] bool: no token has a higher probability than the target. No gradient."""
+        return is_first_choice(
+            self._predicting(batch, hidden),
+            self._policy.head_weight,
+            batch.targets,
+            self._vocabulary,
+            self._chunk_tokens,
+        )
+
+    def _predicting(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        """[R, H]: the hidden states whose logits predict the response tokens."""
         tp = self._parallel.groups.tp
         if self._parallel.sizes.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=tp)
         elif tp.size() > 1:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=tp)
-        chosen = hidden.squeeze(1).index_select(0, batch.predictors)
-        return token_scores(
-            chosen, self._policy.head_weight, batch.targets, batch.temperatures, self._vocabulary, self._chunk_tokens
-        )
+        return hidden.squeeze(1).index_select(0, batch.predictors)
 
     def _loss_inputs(self, batch: MicroBatch, scores: TokenScores, known: KnownLogProbs) -> LossInputs:
         now = scores.log_probs.detach()
@@ -152,6 +188,8 @@ class Passes:
             chosen_rows=None if preferences is None else preferences.chosen_rows,
             rejected_rows=None if preferences is None else preferences.rejected_rows,
             margin=None if preferences is None else preferences.margin,
+            channel=batch.channel,
+            channels=batch.channels,
         )
 
     def _my_vocabulary(self, vocab_size: int) -> Vocabulary:

@@ -23,12 +23,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from miles.algo import Metric, PolicyLossSpec, finish_metrics
+from miles.algo import Metric, finish_metrics
 from miles.config.groups import Config
 from miles.errors import CheckpointError, DataError, NonFiniteError
 from miles.observe.timers import Timers
 from miles.trainers import checkpoints
-from miles.trainers.hooks import with_custom_correction
+from miles.trainers.losses import build_loss
 from miles.types import TrainBatch
 
 from . import checkpoint, cpu, rng
@@ -96,6 +96,7 @@ class MegatronTrainer:
             self.close()
             raise
         self._share_prompts = shares_prompts(config, self.parallel.device)
+        self._loss = build_loss(config)
         self._reference: ReferenceWeights | None = None
         self._timers = Timers()
 
@@ -109,14 +110,13 @@ class MegatronTrainer:
         """
         ckpt = self.config.ckpt
         warm_start = ckpt.ref_load or ckpt.hf_checkpoint
-        needs_reference = self.config.grpo.use_kl_loss or self.config.grpo.kl_coef != 0
-        if needs_reference or resume_from is None:
+        if self._loss.needs_reference or resume_from is None:
             if warm_start is None:
                 raise CheckpointError(
                     "--hf-checkpoint, got none: there are no weights to start from; name an HF directory"
                 )
             self.load_weights(warm_start)
-        if needs_reference:
+        if self._loss.needs_reference:
             self._reference = ReferenceWeights(self._model)
         self._build_training()
         return self.load(resume_from) if resume_from is not None else 0
@@ -185,13 +185,12 @@ class MegatronTrainer:
         self._schedule = build_schedule(config.optimizer, self._optimizer, self._total_steps)
         self._guard = GuardedStep(self._optimizer, config.optimizer.clip_grad)
         transformer.finalize_model_grads_func = _sum_gradients
-        self._spec = loss_spec(config)
         self._passes = Passes(
             self._ddp,
             self.parallel,
             vocab_size=self._names.shape.vocab_size,
             chunk_tokens=config.perf.log_probs_chunk_size,
-            spec=self._spec,
+            loss=self._loss,
             use_rollout_logprobs=config.grpo.use_rollout_logprobs,
         )
 
@@ -221,14 +220,22 @@ class MegatronTrainer:
         self.traced = traced_log_probs(first, batch) if is_traced and first is not None else {}
         return {**self._metrics(batch, steps, per_step), **prepared}
 
+    def evaluate(self, batch: TrainBatch) -> dict[str, float]:
+        """The loss of `batch`, one optimizer step, with its metrics and without a gradient. Equal on all ranks."""
+        self._check(batch)
+        steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts)
+        known, _ = self._prepare(batch, steps)
+        reduced = self._over_ranks(self._passes.evaluate([m for step in steps for m in step], known))
+        self._timers.take()
+        return finish_metrics(reduced)
+
     def _check(self, batch: TrainBatch) -> None:
         if not batch.steps or any(not step for step in batch.steps):
             raise DataError(
                 f"batch of rollout {batch.rollout_id}, got micro-batches {[len(s) for s in batch.steps]}: every optimizer "
                 "step needs one, an empty one where there are no rows"
             )
-        needs = self._spec.needs_rollout_log_probs or self.config.grpo.use_rollout_logprobs
-        if needs and "rollout_log_probs" not in batch.ragged:
+        if self._loss.needs_rollout_log_probs and "rollout_log_probs" not in batch.ragged:
             raise DataError(
                 f"batch of rollout {batch.rollout_id}, got no rollout_log_probs: --use-tis, --off-policy-correction, "
                 "--policy-loss dppo and --use-rollout-logprobs need them; let the generation function keep the engine's log-probs"
@@ -247,7 +254,7 @@ class MegatronTrainer:
         if self._reference is not None:
             with self._timers.phase("ref_log_probs"), self._reference.awake():
                 reference = self._passes.score(flat, num_tokens).log_probs
-        needs_old = (len(steps) > 1 or spec.kl_coef != 0) and not grpo.use_rollout_logprobs
+        needs_old = (len(steps) > 1 or spec.kl_coef != 0) and self._loss.needs_old_log_probs
         if needs_old or grpo.entropy_quantile < 1:
             with self._timers.phase("old_log_probs"):
                 scores = self._passes.score(flat, num_tokens)
@@ -423,13 +430,6 @@ class MegatronTrainer:
     def close(self) -> None:
         """Leaves the process group. Safe to call twice."""
         self.parallel.close()
-
-
-def loss_spec(config: Config) -> PolicyLossSpec:
-    """The GRPO flags, as the loss takes them."""
-    names = {field.name for field in dataclasses.fields(PolicyLossSpec)}
-    grpo = {k: v for k, v in dataclasses.asdict(config.grpo).items() if k in names and v is not None}
-    return with_custom_correction(PolicyLossSpec(**grpo), config)
 
 
 def _sum_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:

@@ -14,7 +14,9 @@ from miles.errors import ConfigError
 from miles.types import LossInputs
 
 
-def make_inputs(log_probs: list[float], weights: list[float], rows: list[int], channel: list[int]) -> LossInputs:
+def make_inputs(
+    log_probs: list[float], weights: list[float], rows: list[int], channel: list[int], channels: tuple[str, ...] = ()
+) -> LossInputs:
     flat = torch.tensor(log_probs, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor(weights, dtype=torch.float64)
     return LossInputs(
@@ -26,6 +28,7 @@ def make_inputs(log_probs: list[float], weights: list[float], rows: list[int], c
         row=torch.tensor(rows, dtype=torch.int64),
         num_rows=len(channel),
         channel=torch.tensor(channel, dtype=torch.int64),
+        channels=channels,
     )
 
 
@@ -46,7 +49,7 @@ def test_cross_entropy_and_dft_by_hand() -> None:
 
 
 def test_channels_have_denominators_of_their_own() -> None:
-    whole = sft_loss(make_inputs([-1.0, -2.0, -4.0], [0.2, 0.2, 0.6], [0, 0, 1], [0, 1]), channels=("math", "code"))
+    whole = sft_loss(make_inputs([-1.0, -2.0, -4.0], [0.2, 0.2, 0.6], [0, 0, 1], [0, 1], ("math", "code")))
     finished = finish_metrics(whole.metrics)
     assert finished["nll_math"] == pytest.approx(1.5)
     assert finished["nll_code"] == pytest.approx(4.0)
@@ -54,8 +57,8 @@ def test_channels_have_denominators_of_their_own() -> None:
     assert not any(name.endswith("#weight") for name in finished)
 
     parts = [
-        sft_loss(make_inputs([-1.0, -2.0], [0.2, 0.2], [0, 0], [0]), channels=("math", "code")),
-        sft_loss(make_inputs([-4.0], [0.6], [0], [1]), channels=("math", "code")),
+        sft_loss(make_inputs([-1.0, -2.0], [0.2, 0.2], [0, 0], [0], ("math", "code"))),
+        sft_loss(make_inputs([-4.0], [0.6], [0], [1], ("math", "code"))),
     ]
     assert finish_metrics(merge_metrics(parts[0].metrics, parts[1].metrics)) == pytest.approx(finished)
     # A channel without tokens has no mean.

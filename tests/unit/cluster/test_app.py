@@ -37,7 +37,8 @@ def evaluated(tmp_path: Path, *, start: int = 0, **flags: Any) -> list[int]:
     )
     app.start, app.timers, app._engines = start, Timers(), _Anything()
     app.engines, app.rollout_manager, app.tracker, app.display = ["engine"], _Manager(), _Anything(), _Anything()
-    app.state = _Anything()
+    app.state, app.trainers = _Anything(), _Anything()
+    app._evaluate = app._choose_evaluation()
     for step in range(start, 12):
         app.evaluate_if_due(step)
     return app.rollout_manager.steps

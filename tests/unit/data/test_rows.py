@@ -43,6 +43,9 @@ def expected(samples: list[Sample]) -> dict[str, list]:
             for row in rows
             for value in (np.zeros(len(row.loss_mask)) if row.rollout_log_probs is None else row.rollout_log_probs)
         ],
+        "loss_scale": None
+        if all(row.loss_scale is None for row in rows)
+        else [v for row in rows for v in (np.ones(len(row.loss_mask)) if row.loss_scale is None else row.loss_scale)],
         "has_log_probs": [row.rollout_log_probs is not None for row in rows],
         "total_lengths": [len(row.tokens) for row in rows],
         "response_lengths": [len(row.loss_mask) for row in rows],
@@ -55,7 +58,8 @@ def expected(samples: list[Sample]) -> dict[str, list]:
 
 
 def columns(rows: TrainRows) -> dict[str, list]:
-    return {f.name: getattr(rows, f.name).tolist() for f in fields(rows)}
+    values = {f.name: getattr(rows, f.name) for f in fields(rows)}
+    return {name: None if value is None else value.tolist() for name, value in values.items()}
 
 
 #: What one sample may be, which keeps the batch from being read as plain lists, or nearly does.
@@ -72,6 +76,13 @@ UNLIKE = {
         "rollout_log_probs": [-np.inf, -1.0],
     },
     "temperature 1": {"temperature": 1},
+    "scaled": {
+        "tokens": [1, 2, 3],
+        "response_length": 2,
+        "loss_mask": [1, 1],
+        "rollout_log_probs": [-1.0, -2.0],
+        "loss_scale": [0.5, 2.0],
+    },
 }
 
 
@@ -83,8 +94,10 @@ def test_rows_are_those_of_each_sample(seed, unlike, log_probs):
     samples[3] = replace(samples[3], **UNLIKE[unlike])
     rows = check_samples(samples)
     assert columns(rows) == expected(samples)
-    assert {f.name: getattr(rows, f.name).dtype.str[1:] for f in fields(rows)} == {
+    made = {f.name: getattr(rows, f.name) for f in fields(rows)}
+    assert {name: "f4" if column is None else column.dtype.str[1:] for name, column in made.items()} == {
         **dict.fromkeys(expected(samples), "i8"),
+        "loss_scale": "f4",
         "loss_mask": "u1",
         "has_log_probs": "b1",
         "rollout_log_probs": "f4",
@@ -125,6 +138,9 @@ def test_taken_rows_are_those_of_their_samples(order):
         {"index": 2**62},
         {"group_index": None},
         {"trajectory_id": 1.5},
+        {"loss_scale": [-1.0]},
+        {"loss_scale": [1.0, 1.0]},
+        {"loss_scale": [float("inf")]},
     ],
 )
 def test_a_broken_sample_among_others_is_named(change):

@@ -1,0 +1,102 @@
+"""What training by each --loss-type asks of a run: engines or not, rewards or not, which rows it reads.
+
+A new job is one row in `JOBS`, its name among the choices of --loss-type, and a loss in `miles.trainers.losses`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .groups import Config, GrpoArgs, SglangArgs
+from .problem import Problem
+from .rule import Facts, Rule, needs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One --loss-type."""
+
+    rows: Literal["prompts", "conversations"]
+    """What a row of --prompt-data is: a prompt that engines answer, or a conversation that is there already."""
+    engines: bool = False
+    """Engines are started and get the weights."""
+    rewards: bool = False
+    """What is trained on is scored; the scores become advantages."""
+    loss_aggregation: str = "seq_mean"
+    """Default of --loss-aggregation."""
+
+
+JOBS: dict[str, Job] = {
+    "policy_loss": Job("prompts", engines=True, rewards=True),
+    "sft_loss": Job("conversations", loss_aggregation="token_mean"),
+}
+
+
+def job_of(config: Config) -> Job:
+    return JOBS[config.grpo.loss_type]
+
+
+# ------------------------------------------------------------------------------------------------ which flags a job reads
+
+#: Flags of the engines, and of what is asked of them.
+ENGINE_FLAGS = (
+    *(field.name for field in dataclasses.fields(SglangArgs)),
+    *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_stop", "rollout_stop_token_ids"),
+    *("rollout_max_prompt_len", "rollout_max_response_len", "rollout_max_context_len", "rollout_skip_special_tokens"),
+    *("over_sampling_batch_size", "n_samples_per_prompt", "max_failed_sample_fraction"),
+    *("custom_generate_function_path", "custom_generate_timeout"),
+    *("eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len", "n_samples_per_eval_prompt"),
+    *("colocate", "rollout_engine", "max_engine_restarts", "update_weight_buffer_size"),
+    *("check_weight_update_equal", "debug_rollout_only"),
+)
+
+#: Flags of rewards and of what is done with scored groups.
+REWARD_FLAGS = (
+    *(
+        "rm_type",
+        "rm_url",
+        "rm_timeout",
+        "rm_num_workers",
+        "rm_max_retries",
+        "group_rm",
+        "reward_key",
+        "reward_weights",
+    ),
+    *("format_pattern", "cosine_max_len", "repetition_n_grams", "repetition_max_penalty"),
+    *(f"cosine_{end}_len_value_{kind}" for end in ("min", "max") for kind in ("correct", "wrong")),
+    *("soft_max_length", "soft_cache_length", "custom_rm_path", "dynamic_sampling_filter_path"),
+)
+
+#: Flags of GRPO that every job reads.
+_SHARED = ("loss_type", "calculate_per_token_loss", "loss_aggregation", "loss_constant_length")
+#: Flags of advantages, of the policy loss and of its corrections.
+POLICY_FLAGS = tuple(field.name for field in dataclasses.fields(GrpoArgs) if field.name not in _SHARED)
+
+#: Flag -> the loss types that read it, for flags that not every job reads and that are in none of the lists above.
+READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("sft_token_loss", "loss_scale", "channel_key", "overlong_rows"), ("sft_loss",)),
+}
+
+
+def flags_are_read_by_the_job(facts: Facts) -> Iterator[Problem]:
+    name, job = facts.config.grpo.loss_type, job_of(facts.config)
+    flag, fix = f"--loss-type {name}", "leave it out"
+    yield from needs(facts, ENGINE_FLAGS, unless=job.engines, why=f"{flag} starts no engine", fix=fix)
+    yield from needs(facts, REWARD_FLAGS, unless=job.rewards, why=f"{flag} scores nothing", fix=fix)
+    yield from needs(facts, POLICY_FLAGS, unless=job.rewards, why=f"{flag} has no advantages", fix=fix)
+    for field, losses in READ_BY.items():
+        takes = f"take --loss-type {' or '.join(losses)}, or leave it out"
+        yield from needs(facts, (field,), unless=name in losses, why=f"{flag} does not read it", fix=takes)
+
+
+def rows_fit_model(facts: Facts) -> Iterator[Problem]:
+    longest, model = facts.config.model.seq_length, facts.config.model.max_position_embeddings
+    if "seq_length" in facts.given and longest is not None and model is not None and longest > model:
+        why = f"the model knows {model} positions (--max-position-embeddings)"
+        yield Problem("--seq-length", longest, why, f"give at most {model}")
+
+
+JOB_RULES: tuple[Rule, ...] = (flags_are_read_by_the_job, rows_fit_model)

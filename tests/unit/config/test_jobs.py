@@ -1,0 +1,55 @@
+"""--loss-type: which flags a job reads, and what it derives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from miles.cluster.placement import Layout
+from miles.config import job_of, make_config
+from miles.config.fields import fields
+from miles.config.jobs import ENGINE_FLAGS, JOBS, READ_BY, REWARD_FLAGS
+from miles.errors import ConfigError
+
+
+def test_the_tables_name_flags_and_loss_types() -> None:
+    assert set(ENGINE_FLAGS) | set(REWARD_FLAGS) | set(READ_BY) <= set(fields())
+    assert set(JOBS) == set(fields()["loss_type"].choices or ())
+    assert {name for names in READ_BY.values() for name in names} <= set(JOBS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            {"rollout_temperature": 0.5},
+            "--rollout-temperature, got 0.5: --loss-type sft_loss starts no engine; leave it out",
+        ),
+        ({"rm_type": "math"}, "--rm-type, got math: --loss-type sft_loss scores nothing; leave it out"),
+        ({"eps_clip": 0.1}, "--eps-clip, got 0.1: --loss-type sft_loss has no advantages; leave it out"),
+        (
+            {"seq_length": 100, "max_position_embeddings": 64},
+            "--seq-length, got 100: the model knows 64 positions (--max-position-embeddings); give at most 64",
+        ),
+    ],
+)
+def test_flags_that_supervised_training_does_not_read(flags: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(loss_type="sft_loss", **flags)
+    assert str(caught.value) == line
+
+
+def test_a_flag_of_another_job_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--loss-scale, got all: --loss-type policy_loss does not read it; take"):
+        make_config(loss_scale="all")
+
+
+def test_what_supervised_training_derives() -> None:
+    config = make_config(loss_type="sft_loss", seq_length=32, max_position_embeddings=64)
+    assert config.grpo.loss_aggregation == "token_mean"
+    assert make_config(loss_type="sft_loss", loss_aggregation="seq_mean").grpo.loss_aggregation == "seq_mean"
+    assert config.model.seq_length == config.rollout.rollout_max_context_len == 32
+    assert not job_of(config).engines
+    assert Layout.of(config).engine_bundles == ()
+    assert Layout.of(make_config()).engine_bundles
