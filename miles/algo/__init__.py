@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .advantages import AdvantageSpec, Outcomes, advantage_estimators, equal_reward_groups
     from .aggregation import aggregations, loss_weights
+    from .critic import critic_loss, explained_variance
     from .losses import policy_loss
     from .metrics import Metric, finish_metrics, merge_metrics
     from .mismatch import mismatch_metrics
     from .policy_losses import surrogates
     from .reductions import masked, masked_max, masked_mean, masked_sum
-    from .returns import TokenAdvantageSpec, gae, token_advantages, value_loss, whiten
+    from .returns import TokenAdvantageSpec, critic_advantages, gae, token_advantages, value_loss, whiten
     from .spec import PolicyLossSpec
     from .terms import Term
 
 _HOMES = {
     "advantages": ("AdvantageSpec", "Outcomes", "advantage_estimators", "equal_reward_groups"),
     "aggregation": ("aggregations", "loss_weights"),
+    "critic": ("critic_loss", "explained_variance"),
     "losses": ("policy_loss",),
     "metrics": ("Metric", "finish_metrics", "merge_metrics"),
     "mismatch": ("mismatch_metrics",),
@@ -30,7 +32,7 @@ _HOMES = {
     "reductions": ("masked", "masked_max", "masked_mean", "masked_sum"),
     "spec": ("PolicyLossSpec",),
     "terms": ("Term",),
-    "returns": ("TokenAdvantageSpec", "gae", "token_advantages", "value_loss", "whiten"),
+    "returns": ("TokenAdvantageSpec", "critic_advantages", "gae", "token_advantages", "value_loss", "whiten"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -43,7 +45,10 @@ __all__ = [
     "TokenAdvantageSpec",
     "advantage_estimators",
     "aggregations",
+    "critic_advantages",
+    "critic_loss",
     "equal_reward_groups",
+    "explained_variance",
     "finish_metrics",
     "gae",
     "loss_weights",

@@ -163,6 +163,15 @@ def reinforce_plus_plus(outcomes: Outcomes, spec: AdvantageSpec) -> np.ndarray:
     return outcomes.rewards.copy()
 
 
+@advantage_estimators.register("ppo")
+def ppo(outcomes: Outcomes, spec: AdvantageSpec) -> np.ndarray:
+    """`R`, the terminal reward of GAE with a critic's values, whitened over the batch. arXiv 1707.06347, 1506.02438.
+
+    GAE and whitening are those of `returns.critic_advantages`.
+    """
+    return outcomes.rewards.copy()
+
+
 @advantage_estimators.register("reinforce_plus_plus_baseline")
 def reinforce_plus_plus_baseline(outcomes: Outcomes, spec: AdvantageSpec) -> np.ndarray:
     """`R - mean_G`, then return and whitening as in `reinforce_plus_plus`. arXiv 2501.03262."""

@@ -1,6 +1,7 @@
 """From one advantage a trajectory to one a token: penalties in the reward, returns, whitening.
 
     [B] advantage of each row --KL penalty, discounted return--> [R] --distillation term--> [R] --whitened over the batch--> [R]
+    with a critic:              --KL penalty--> rewards [R] --GAE with values [R]--> [R] --as above--> [R], and returns [R]
 
 Needs log-probs, so it runs where they are: in the trainer, after its scoring passes and before the first update.
 Untrained tokens are skipped, not decayed across: a return passes over them as if they were not there.
@@ -36,10 +37,12 @@ class TokenAdvantageSpec:
     """Weight of the on-policy distillation term."""
     whiten: bool = False
     """Mean 0 and standard deviation 1 over the trained tokens of the batch."""
+    lambd: float | None = None
+    """Lambda of GAE, which takes values; None is a plain return."""
 
     @property
     def is_identity(self) -> bool:
-        return not (self.kl_coef or self.opd_kl_coef or self.whiten) and self.gamma == 1
+        return not (self.kl_coef or self.opd_kl_coef or self.whiten) and self.gamma == 1 and self.lambd is None
 
 
 def token_advantages(
@@ -61,21 +64,81 @@ def token_advantages(
     calls this, also one without tokens. Raises ValueError where a log-prob column is missing.
     """
     trained = mask.nonzero().squeeze(1)
+    rewards = _token_rewards(advantages, trained, row, spec, old_log_probs, ref_log_probs)
+    values = discounted_suffix_sums(rewards, row[trained], spec.gamma)
+    return _finished(values, mask, trained, spec, old_log_probs, teacher_log_probs, reduce)
+
+
+def critic_advantages(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    row: torch.Tensor,
+    spec: TokenAdvantageSpec,
+    *,
+    old_log_probs: torch.Tensor | None = None,
+    ref_log_probs: torch.Tensor | None = None,
+    teacher_log_probs: torch.Tensor | None = None,
+    reduce: Reduce = identity,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE of `r_t = -kl_coef KL_t + [t is the last] R`: advantages of the tokens, and the returns that the critic learns.
+
+    rewards: [B] of rows. values: [R] of the critic, before each token. The rest as in `token_advantages`, which the
+    advantages go on as: distillation term, whitening. Returns ([R], [R]) float32, 0 where the mask is off; the returns are
+    `A + V` with `A` as GAE gives it. `spec.lambd` is set.
+    """
+    assert spec.lambd is not None
+    trained = mask.nonzero().squeeze(1)
+    kept = torch.ones_like(trained, dtype=torch.bool)
+    token_rewards = _token_rewards(rewards, trained, row, spec, old_log_probs, ref_log_probs)
+    found, returns = gae(
+        token_rewards, values[trained].double(), kept, row[trained], gamma=spec.gamma, lambd=spec.lambd
+    )
+    advantages = _finished(found, mask, trained, spec, old_log_probs, teacher_log_probs, reduce)
+    return advantages, _spread(returns, mask, trained)
+
+
+def _token_rewards(
+    rewards: torch.Tensor,
+    trained: torch.Tensor,
+    row: torch.Tensor,
+    spec: TokenAdvantageSpec,
+    old_log_probs: torch.Tensor | None,
+    ref_log_probs: torch.Tensor | None,
+) -> torch.Tensor:
+    """`-kl_coef KL_t`, at a row's last trained token plus its reward: [trained tokens] float64."""
     rows = row[trained]
-    values = torch.zeros(len(trained), dtype=torch.float64, device=advantages.device)
+    values = torch.zeros(len(trained), dtype=torch.float64, device=rewards.device)
     if len(trained):
         is_last = torch.ones_like(rows, dtype=torch.bool)
         is_last[:-1] = rows[1:] != rows[:-1]
-        values[is_last] = advantages.double()[rows[is_last]]
+        values[is_last] = rewards.double()[rows[is_last]]
         if spec.kl_coef:
             policy, reference = _pair(old_log_probs, ref_log_probs, "ref_log_probs", "--kl-coef")
             values -= spec.kl_coef * kl(spec.kl_type, policy[trained].double(), reference[trained].double())
-        values = discounted_suffix_sums(values, rows, spec.gamma)
-        if spec.opd_kl_coef:
-            policy, teacher = _pair(old_log_probs, teacher_log_probs, "teacher_log_probs", "--use-opd")
-            values += spec.opd_kl_coef * distillation_advantage(policy[trained], teacher[trained]).double()
+    return values
+
+
+def _finished(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    trained: torch.Tensor,
+    spec: TokenAdvantageSpec,
+    old_log_probs: torch.Tensor | None,
+    teacher_log_probs: torch.Tensor | None,
+    reduce: Reduce,
+) -> torch.Tensor:
+    """[trained tokens] -> [R]: with the distillation term, whitened."""
+    if spec.opd_kl_coef and len(trained):
+        policy, teacher = _pair(old_log_probs, teacher_log_probs, "teacher_log_probs", "--use-opd")
+        values = values + spec.opd_kl_coef * distillation_advantage(policy[trained], teacher[trained]).double()
     if spec.whiten:
         values = whiten(values, torch.ones_like(values, dtype=torch.bool), reduce=reduce)
+    return _spread(values, mask, trained)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """[trained tokens] -> [R] float32, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=torch.float32, device=values.device).index_copy(0, trained, values.float())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 #: Field -> names that are built in.
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "advantage_estimator": (
-        *("grpo", "gspo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"),
+        *("grpo", "gspo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"),
         *("gdpo", "maxrl", "remax", "opo", "pass_at_k"),
     ),
     "policy_loss": ("ppo_clip", "dual_clip", "two_sided", "gspo", "cispo", "sapo", "dppo"),
@@ -21,10 +21,10 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
 }
 
 #: Estimators whose advantages are whitened over the batch unless told otherwise; a return may be discounted for them alone.
-WHITENED_ESTIMATORS = ("reinforce_plus_plus", "reinforce_plus_plus_baseline")
+WHITENED_ESTIMATORS = ("ppo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 
 #: Estimators that say something about a prompt with one sample.
-WITHOUT_GROUP = ("reinforce_plus_plus", "remax")
+WITHOUT_GROUP = ("ppo", "reinforce_plus_plus", "remax")
 
 #: Correction -> default (lower, upper) bound of its ratio, where it is not (0, 2).
 CORRECTION_BOUNDS = {"icepop": (0.5, 5.0), "geometric": (0.999, 1.001)}

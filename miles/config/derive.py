@@ -153,13 +153,21 @@ def _loss(draft: Draft) -> None:
 def _schedule(draft: Draft) -> None:
     v = draft.values
     if v["num_rollout"] is not None and v["num_steps_per_rollout"] is not None:
-        steps = v["num_rollout"] * v["num_steps_per_rollout"]
-        draft.fill("lr_decay_iters", steps, "--num-rollout and --num-steps-per-rollout")
+        steps = (v["num_rollout"] - v["num_critic_only_steps"]) * v["num_steps_per_rollout"]
+        draft.fill("lr_decay_iters", max(1, steps), "--num-rollout and --num-steps-per-rollout")
     elif v["num_epoch"] is not None:
         # Known when the prompts are; see `derive_num_rollout`.
         for name in ("num_rollout", "lr_decay_iters"):
             if v[name] is None:
                 draft.sources[name] = Source("derived", "--num-epoch and the number of prompts")
+
+
+def _critic(draft: Draft) -> None:
+    v = draft.values
+    if v["advantage_estimator"] == "ppo":
+        draft.fill("critic_lr", v["lr"], "--lr")
+        for name in ("num_nodes", "num_gpus_per_node"):
+            draft.fill(f"critic_{name}", v[f"actor_{name}"], fields()[f"actor_{name}"].flag)
 
 
 def _ranks(draft: Draft) -> None:
@@ -189,7 +197,18 @@ def _debug(draft: Draft) -> None:
 
 #: Flags that name a file or a directory of this machine.
 PATH_FLAGS = (
-    *("hf_checkpoint", "ref_load", "load", "save", "save_hf", "prompt_data", "eval_config", "run_dir"),
+    *(
+        "hf_checkpoint",
+        "ref_load",
+        "load",
+        "save",
+        "save_hf",
+        "critic_load",
+        "critic_save",
+        "prompt_data",
+        "eval_config",
+        "run_dir",
+    ),
     *("save_debug_rollout_data", "load_debug_rollout_data", "wandb_dir", "tb_project_name"),
 )
 HOOK_FLAGS = (
@@ -218,6 +237,7 @@ STEPS: tuple[Callable[[Draft], None], ...] = (
     _loss,
     _schedule,
     _ranks,
+    _critic,
     _automatic,
     _debug,
     _absolute_paths,
@@ -242,6 +262,7 @@ def derive_num_rollout(config: Config, num_prompts: int) -> Config:
         )
     derived = replace(config, rollout=replace(rollout, num_rollout=num_rollout))
     if config.optimizer.lr_decay_iters is None and rollout.num_steps_per_rollout is not None:
-        optimizer = replace(derived.optimizer, lr_decay_iters=num_rollout * rollout.num_steps_per_rollout)
+        trained = max(1, num_rollout - config.grpo.num_critic_only_steps)
+        optimizer = replace(derived.optimizer, lr_decay_iters=trained * rollout.num_steps_per_rollout)
         derived = replace(derived, optimizer=optimizer)
     return derived

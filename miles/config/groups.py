@@ -80,6 +80,10 @@ class CkptArgs:
     """Also export HF safetensors at each save; a path template with {rollout_id}."""
     save_retain_interval: int | None = None
     """Keep only every N-th older checkpoint, counted in rollouts; the newest one and the one before it always stay. Unset keeps all."""
+    critic_load: str | None = None
+    """Weights that the critic starts from: an HF directory, of a language model or with a score.weight, or Miles checkpoints, whose critic is taken where there is one. Defaults to the actor's; a continued run has its critic in --load."""
+    critic_save: str | None = None
+    """Also export the critic there at each save, as HF safetensors with a head of one score, which --critic-load reads. What resuming needs is in --save."""
     no_save_optim: bool = False
     """Weights-only checkpoints."""
     model_name: str | None = None
@@ -247,7 +251,7 @@ class GrpoArgs:
     loss_type: Literal["policy_loss", "sft_loss"] = "policy_loss"
     """What is trained: policy_loss (answers of the engines, by their rewards), sft_loss (conversations of --prompt-data, as they are)."""
     advantage_estimator: str = "grpo"
-    """Advantage estimator: grpo, gspo (with --policy-loss gspo), rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, gdpo, maxrl, remax, opo, pass_at_k, or one that a --plugin registers; see docs/algorithms.md."""
+    """Advantage estimator: grpo, gspo (with --policy-loss gspo), rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, ppo (GAE with a critic), gdpo, maxrl, remax, opo, pass_at_k, or one that a --plugin registers; see docs/algorithms.md."""
     policy_loss: str | None = None
     """Policy loss: ppo_clip, dual_clip, two_sided, gspo, cispo, sapo, dppo, or one that a --plugin registers; defaults to ppo_clip."""
     use_kl_loss: bool = False
@@ -261,9 +265,15 @@ class GrpoArgs:
     kl_coef: float = 0.0
     """KL penalty inside the reward: each token's return loses this much of the KL to the reference from there on."""
     gamma: float = 1.0
-    """Discount of the return, for each trained token; reinforce_plus_plus alone and with a baseline."""
+    """Discount of the return, for each trained token; ppo, and reinforce_plus_plus alone and with a baseline."""
+    lambd: float = 1.0
+    """Lambda of GAE, of --advantage-estimator ppo: 1 trusts returns alone, less the critic more."""
+    value_clip: float = 0.2
+    """How far a token's value may move in one rollout before its loss stops pulling it further."""
+    num_critic_only_steps: int = 0
+    """Rollouts, from the first of the run, that train the critic alone."""
     normalize_advantages: bool | None = None
-    """Whiten advantages over the trained tokens of the rollout, all ranks together; defaults to on for reinforce_plus_plus."""
+    """Whiten advantages over the trained tokens of the rollout, all ranks together; defaults to on for ppo and reinforce_plus_plus."""
     pass_at_k: int | None = None
     """Answers that may be tried, of --advantage-estimator pass_at_k."""
     eps_clip: float = 0.2
@@ -348,6 +358,10 @@ class OptimizerArgs:
     """Warm-up as a share of --lr-decay-iters; exclusive with --lr-warmup-iters."""
     lr_decay_iters: int | None = None
     """Optimizer steps of decay; defaults to all of the run's."""
+    critic_lr: float | None = None
+    """Peak learning rate of the critic, of --advantage-estimator ppo; defaults to --lr. The other flags of this group hold for both."""
+    critic_lr_warmup_iters: int = 0
+    """Optimizer steps of the critic's linear warm-up."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -386,6 +400,10 @@ class ClusterArgs:
     """Trainer nodes."""
     actor_num_gpus_per_node: int | None = None
     """Trainer GPUs (ranks, without a GPU) per node; 8 on GPU, 1 on CPU."""
+    critic_num_nodes: int | None = None
+    """The same for the critic, which shares the actor's ranks: only --actor-num-nodes is accepted."""
+    critic_num_gpus_per_node: int | None = None
+    """Likewise: only --actor-num-gpus-per-node is accepted."""
     num_gpus_per_node: int | None = None
     """Most GPUs (ranks, without a GPU) that a node holds of this run; unset, what the cluster's nodes have."""
     colocate: bool = False

@@ -28,21 +28,6 @@ class Part:
 
 PARTS: tuple[Part, ...] = (
     Part(
-        "critic and PPO",
-        {
-            "critic-num-nodes": "nodes of the critic",
-            "critic-num-gpus-per-node": "GPUs of the critic on each node",
-            "num-critic-only-steps": "steps that train the critic alone",
-            "critic-load": "the critic's checkpoint",
-            "critic-save": "where the critic is saved",
-            "critic-lr": "the critic's learning rate",
-            "critic-lr-warmup-iters": "the critic's warm-up steps",
-            "value-clip": "clip width of the value loss",
-            "lambd": "lambda of GAE",
-        },
-        "use --advantage-estimator grpo, which needs no critic",
-    ),
-    Part(
         "more losses and corrections",
         {
             "custom-loss-function-path": "a loss of one's own",
@@ -410,7 +395,6 @@ ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "no-gradient-accumulation-fusion": ((),),
     "position-embedding-type": (("rope",),),
     "megatron-to-hf-mode": (("raw",),),
-    "num-critic-only-steps": (("0",),),
     "update-weights-interval": (("1",),),
     "pause-generation-mode": (("abort",),),
     "object-store-backend": (("ray",),),
@@ -428,9 +412,6 @@ PLANNED_CHOICES: Mapping[str, Mapping[str, str]] = {
         "rm": "training of a reward model",
         "gkd": "distillation from a teacher",
         "custom_loss": "a loss of one's own",
-    },
-    "advantage_estimator": {
-        "ppo": "GAE with a critic",
     },
     "rm_type": {"reward_model": "a scalar head of one's own training"},
     "train_backend": {"fsdp": "the FSDP trainer"},

@@ -13,6 +13,7 @@ from pathlib import Path
 from miles.errors import ConfigError
 
 from .algorithm_rules import ALGORITHM_RANGES, ALGORITHM_RULES, algorithm_warnings
+from .critic_rules import CRITIC_RANGES, CRITIC_RULES
 from .engine_args import DETERMINISTIC_BACKENDS, check_engine_args
 from .eval_datasets import eval_datasets
 from .fields import fields, flatten, show
@@ -82,6 +83,7 @@ RANGES: dict[str, Range] = {
     # Signs of life come once a second, and are looked at a little later: below, a healthy process would be killed.
     "heartbeat_timeout": Range(3),
     **ALGORITHM_RANGES,
+    **CRITIC_RANGES,
     **REWARD_RANGES,
 }
 
@@ -130,7 +132,7 @@ def tracker_flags_need_tracker(facts: Facts) -> Iterator[Problem]:
 def save_flags_need_save(facts: Facts) -> Iterator[Problem]:
     yield from needs(
         facts,
-        ("save_interval", "save_hf", "no_save_optim", "save_retain_interval"),
+        ("save_interval", "save_hf", "critic_save", "no_save_optim", "save_retain_interval"),
         unless=facts.config.ckpt.save is not None,
         why="without --save no checkpoint is written",
         fix="add --save DIR, or leave it out",
@@ -535,6 +537,8 @@ def files_exist(facts: Facts) -> Iterator[Problem]:
     if _eval_can_be_read(facts):
         flag = "--eval-config" if config.eval.eval_config is not None else "--eval-prompt-data"
         wanted += [(flag, dataset.path) for dataset in eval_datasets(config)]
+    if config.ckpt.critic_load != config.ckpt.critic_save:  # one that is both is there from the first save on
+        wanted.append(("--critic-load", config.ckpt.critic_load))
     for flag, path in wanted:
         if path is not None and not Path(path.partition("@[")[0]).exists():
             yield Problem(flag, path, "there is no such file or directory", "check the path")
@@ -547,6 +551,7 @@ def outputs_can_be_written(facts: Facts) -> Iterator[Problem]:
         ("--run-dir", config.cluster.run_dir),
         ("--save", config.ckpt.save),
         ("--save-hf", config.ckpt.save_hf),
+        ("--critic-save", config.ckpt.critic_save),
         ("--wandb-dir", config.tracking.wandb_dir),
         ("--tb-project-name", config.tracking.tb_project_name),
         ("--save-debug-rollout-data", config.debug.save_debug_rollout_data),
@@ -609,6 +614,7 @@ RULES: tuple[Rule, ...] = (
     stop_strings_say_something,
     engine_flags,
     *ALGORITHM_RULES,
+    *CRITIC_RULES,
     *REWARD_RULES,
     *JOB_RULES,
 )

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _ENGINES = ("perf/generate_time", "perf/eval_time")
-_TRAINERS = ("perf/actor_train_time", "perf/ref_log_probs_time", "perf/old_log_probs_time")
+_TRAINERS = (
+    *("perf/actor_train_time", "perf/ref_log_probs_time", "perf/old_log_probs_time"),
+    *("perf/critic_train_time", "perf/values_time"),
+)
 
 
 def bubble_metrics(step: Mapping[str, float], *, engines: int, trainers: int, shared: bool) -> dict[str, float]:

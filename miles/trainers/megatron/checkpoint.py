@@ -2,6 +2,7 @@
 
     save_state (every rank) -> DIR/iter_0000007.tmp/   the caller may add files of its own, then finish
     load_state, load_rng    <- DIR/iter_0000007/       a whole one
+                               DIR/iter_0000007/critic/    a critic's state, where there is one
 
 The state is a Megatron distributed checkpoint (torch_dist), so that it can be loaded with other parallel sizes.
 """
@@ -21,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -28,8 +30,10 @@ from miles.errors import CheckpointError
 from miles.trainers.checkpoints import STATE, partial_directory
 
 from . import cpu, rng
-from .model import PolicyModel
 from .parallel import Parallel
+
+#: Directory within a checkpoint that holds the critic's state.
+CRITIC = "critic"
 
 # ----------------------------------------------------------------------------------------------------------------- write
 
@@ -38,22 +42,27 @@ def save_state(
     directory: str | Path,
     iteration: int,
     *,
-    model: PolicyModel,
+    model: GPTModel,
     optimizer: MegatronOptimizer | None,
     state: dict[str, Any],
     parallel: Parallel,
+    critic: tuple[GPTModel, MegatronOptimizer | None] | None = None,
 ) -> Path:
     """Writes this rank's part into the partial directory, emptied first, and returns that. Every rank calls it.
 
-    `optimizer` None leaves the optimizer out. `state` is JSON-ready and the same on every rank.
+    `optimizer` None leaves the optimizer out. `state` is JSON-ready and the same on every rank. `critic`: its model and
+    optimizer, likewise.
     """
     partial = partial_directory(directory, iteration)
+    parts = {partial: (model, optimizer), **({partial / CRITIC: critic} if critic else {})}
     if parallel.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        for place in parts:
+            place.mkdir(parents=True)
     parallel.barrier()
     with cpu.cuda_means_cpu():
-        dist_checkpointing.save(_sharded_state(model, optimizer, parallel), str(partial), InProcessSave())
+        for place, part in parts.items():
+            dist_checkpointing.save(_sharded_state(*part, parallel), str(place), InProcessSave())
     rng.save(partial / _rng_file(parallel.rank))
     if parallel.is_main:
         (partial / STATE).write_text(json.dumps({"iteration": iteration, **state}, indent=1) + "\n")
@@ -98,14 +107,23 @@ def _write_buckets(transforms: list[Any], rank: int, buckets: list[Any], results
 
 
 def load_state(
-    checkpoint: Path, *, model: PolicyModel, optimizer: MegatronOptimizer | None, parallel: Parallel
+    checkpoint: Path,
+    *,
+    model: GPTModel,
+    optimizer: MegatronOptimizer | None,
+    parallel: Parallel,
+    without: frozenset[str] = frozenset(),
 ) -> None:
-    """Fills model and, where given, optimizer. Raises CheckpointError where the tensors do not fit the configuration."""
+    """Fills model and, where given, optimizer. Raises CheckpointError where the tensors do not fit the configuration.
+
+    `without` names parameters that stay as they are.
+    """
     wanted = _sharded_state(model, optimizer, parallel, is_loading=True)
+    wanted["model"] = {name: part for name, part in wanted["model"].items() if name not in without}
     try:
         with cpu.cuda_means_cpu():
             loaded = dist_checkpointing.load(wanted, str(checkpoint))
-            model.load_state_dict(loaded["model"])
+            model.load_state_dict(loaded["model"], strict=not without)
             if optimizer is not None:
                 optimizer.load_state_dict(loaded["optimizer"])
     except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
@@ -122,6 +140,11 @@ def _reason(error: BaseException) -> str:
     return text if len(text) < 300 else text[:300] + " ..."
 
 
+def holds_tensor(checkpoint: Path, name: str) -> bool:
+    """Whether the state has a tensor of that name."""
+    return name in dist_checkpointing.load_tensors_metadata(str(checkpoint))
+
+
 def load_rng(checkpoint: Path, parallel: Parallel) -> None:
     """Continues this rank's random streams; a rank that the saved run did not have keeps its own."""
     file = checkpoint / _rng_file(parallel.rank)
@@ -130,7 +153,7 @@ def load_rng(checkpoint: Path, parallel: Parallel) -> None:
 
 
 def _sharded_state(
-    model: PolicyModel, optimizer: MegatronOptimizer | None, parallel: Parallel, *, is_loading: bool = False
+    model: GPTModel, optimizer: MegatronOptimizer | None, parallel: Parallel, *, is_loading: bool = False
 ) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel.groups.dp_cp, "singleton_local_shards": False}
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}

@@ -87,10 +87,16 @@ class HfReader:
 
 
 def write_hf_directory(
-    path: str | Path, tensors: Iterable[tuple[str, Tensor]], *, source: str | Path, dtype: torch.dtype
+    path: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: str | Path,
+    dtype: torch.dtype,
+    one_score: bool = False,
 ) -> None:
     """Writes a directory that transformers loads: weights, and config and tokenizer files of `source`.
 
+    one_score: the model has a head of one number; AutoModelForSequenceClassification loads it.
     At most one shard is held in memory. The directory appears under its name once it is whole, in the place of what was there.
     """
     path = Path(path)
@@ -103,11 +109,19 @@ def write_hf_directory(
     config = read_config(source)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if one_score:
+        config |= _one_score(config)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _write_shards(partial, tensors)
     for file in partial.iterdir():
         fsync(file)
     replace_directory(partial, path)
+
+
+def _one_score(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of a head of one number."""
+    names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures") or ()]
+    return {"architectures": names, "id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

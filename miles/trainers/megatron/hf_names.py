@@ -145,6 +145,7 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _DENSE = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VocabularyRows()),
     Rule("output_layer.weight", ("lm_head.weight",), VocabularyRows()),
+    Rule("score.weight", ("score.weight",), Whole()),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Whole()),
     _in_layer("input_layernorm.weight", ["input_layernorm.weight"], Whole()),
     _in_layer("self_attention.linear_qkv.layer_norm_weight", ["input_layernorm.weight"], Whole()),

@@ -1,9 +1,10 @@
 """The transformer: configuration, layer specs and the model itself.
 
-    config.model -> TransformerConfig -> layer spec (--spec, Transformer Engine, or our own) -> PolicyModel
+    config.model -> TransformerConfig -> layer spec (--spec, Transformer Engine, or our own) -> PolicyModel | ScalarModel
 
-Weights are not initialized here: they always come from a checkpoint. `PolicyModel` ends before the output layer, so that
-`logprobs` computes logits only for the tokens that need them, in pieces.
+Weights are not initialized here: they always come from a checkpoint. Both models end before their head, so that it is
+computed only for the tokens that need it: `PolicyModel` has the output layer, which `logprobs` applies in pieces,
+`ScalarModel` one row of weights for a number a token (a critic's value, a reward model's score).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
@@ -35,6 +37,8 @@ from miles.errors import ConfigError, HookError
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
 from .layers import GatedMLP, LayerNorm, RMSNorm
 from .parallel import Parallel, ParallelSizes
+
+M = TypeVar("M", bound=GPTModel)
 
 
 def params_dtype(device: torch.device) -> torch.dtype:
@@ -165,11 +169,53 @@ class PolicyModel(GPTModel):
         return head
 
 
+class ScalarModel(GPTModel):
+    """GPTModel with a head of one number in the place of the output layer; its forward ends with the hidden states [T, 1, H].
+
+    The head is whole on every tensor-parallel rank. A new one is zero: all values are 0, whatever the topology, and the first
+    update moves the head alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{**kwargs, "share_embeddings_and_output_weights": False})
+        if self.post_process:
+            del self.output_layer
+            self.score = torch.nn.Linear(self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
+            self.reset_head()
+
+    def reset_head(self) -> None:
+        """A new head, where this stage has it."""
+        if self.post_process:
+            torch.nn.init.zeros_(self.score.weight)
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R], fp32."""
+        return F.linear(hidden.float(), self.score.weight.float()).squeeze(1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        # GPTModel's and LanguageModule's own look for the output layer.
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+
 def build_model(config: Config, parallel: Parallel) -> PolicyModel:
-    """This rank's part of the model on its device, parameters uninitialized."""
+    """This rank's part of the policy on its device, parameters uninitialized."""
+    return _build(PolicyModel, config, parallel)
+
+
+def build_scalar_model(config: Config, parallel: Parallel) -> ScalarModel:
+    """The same with a head of one number, which is 0; the other parameters uninitialized."""
+    return _build(ScalarModel, config, parallel)
+
+
+def _build(kind: type[M], config: Config, parallel: Parallel) -> M:
     model = config.model
     transformer = transformer_config(config, parallel.sizes, parallel.device)
-    return PolicyModel(
+    return kind(
         transformer,
         layer_spec(config, transformer, parallel.device),
         vocab_size=padded_vocab_size(config, parallel.sizes),

@@ -1,9 +1,10 @@
 """What a rollout's batch is given before its first update, from the scoring passes: advantages of tokens, and which count.
 
     advantages of rows, log-probs (old, reference) --> advantages of response tokens      token_advantages
+    rewards of rows, the same, values of a critic  --> advantages and returns             critic_advantages
     entropies of the old policy                    --> tokens that the policy loss counts  entropy_mask
 
-Both are in the batch's order of response tokens `[R]`, and both are collectives: every data-parallel rank calls them, also
+All are in the batch's order of response tokens `[R]`, and all are collectives: every data-parallel rank calls them, also
 one without rows.
 """
 
@@ -29,6 +30,7 @@ def token_advantage_spec(grpo: GrpoArgs) -> algo.TokenAdvantageSpec:
         kl_type=grpo.kl_loss_type,
         gamma=grpo.gamma,
         whiten=bool(grpo.normalize_advantages),
+        lambd=grpo.lambd if grpo.advantage_estimator == "ppo" else None,
     )
 
 
@@ -47,12 +49,49 @@ def token_advantages(
         ref_log_probs=reference,
         reduce=reduce,
     )
+    return advantages, _advantage_metrics(advantages, mask, spec, parallel, old, reference)
+
+
+def critic_advantages(
+    batch: TrainBatch,
+    spec: algo.TokenAdvantageSpec,
+    parallel: Parallel,
+    values: Tensor,
+    old: Tensor | None,
+    reference: Tensor | None,
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Advantages [R] and returns [R] of the response tokens, from the critic's values [R]; and what they were made of:
+    `value`, `return`, `explained_variance` (where returns differ), and the metrics of `token_advantages`."""
+    mask, row = _trained(batch, parallel.device)
+    reduce = parallel.sum_over_data
+    rewards = torch.from_numpy(batch.rows["rewards"]).to(parallel.device)
+    advantages, returns = algo.critic_advantages(
+        rewards, values, mask, row, spec, old_log_probs=old, ref_log_probs=reference, reduce=reduce
+    )
+    metrics = _advantage_metrics(advantages, mask, spec, parallel, old, reference)
+    metrics["value"] = float(algo.masked_mean(values.double(), mask, reduce))
+    metrics["return"] = float(algo.masked_mean(returns.double(), mask, reduce))
+    explained = algo.explained_variance(values, returns, mask, reduce)
+    if explained is not None:
+        metrics["explained_variance"] = explained
+    return advantages, returns, metrics
+
+
+def _advantage_metrics(
+    advantages: Tensor,
+    mask: Tensor,
+    spec: algo.TokenAdvantageSpec,
+    parallel: Parallel,
+    old: Tensor | None,
+    reference: Tensor | None,
+) -> dict[str, float]:
+    reduce = parallel.sum_over_data
     metrics = {"advantage_abs": float(algo.masked_mean(advantages.abs().double(), mask, reduce))}
     if spec.kl_coef:
         assert old is not None
         assert reference is not None
         metrics["reward_kl"] = float(algo.masked_mean(kl(spec.kl_type, old, reference).double(), mask, reduce))
-    return advantages, metrics
+    return metrics
 
 
 def entropy_mask(batch: TrainBatch, entropies: Tensor, share: float, parallel: Parallel) -> Tensor:

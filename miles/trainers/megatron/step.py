@@ -39,6 +39,10 @@ class KnownLogProbs:
     """None: those of the rows."""
     policy_mask: Tensor | None = None
     """Tokens that the policy loss counts; None: all."""
+    values: Tensor | None = None
+    """Of the critic, where there is one."""
+    returns: Tensor | None = None
+    """What the critic learns."""
 
 
 class Passes:
@@ -57,7 +61,6 @@ class Passes:
         self._model, self._parallel = model, parallel
         self._policy: PolicyModel = model.module
         self._chunk_tokens, self._loss, self._use_rollout_logprobs = chunk_tokens, loss, use_rollout_logprobs
-        self._schedule = get_forward_backward_func()
         self._vocabulary = self._my_vocabulary(vocab_size)
         self.seen: Tensor | None = None
         """[response tokens of the batch]: where it is set, optimizer steps put the log-probs there that they compute."""
@@ -110,23 +113,7 @@ class Passes:
         return functools.reduce(merge_metrics, self._run(micro_batches, loss, forward_only=True), {})
 
     def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
-        def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(batches)
-            hidden = model(batch.tokens, batch.sequences.positions[None], None, packed_seq_params=batch.sequences)
-            return hidden, functools.partial(finish, batch)
-
-        with cpu.cuda_means_cpu():
-            stored: list[Any] = self._schedule(
-                forward_step_func=forward,
-                data_iterator=iter(micro_batches),
-                model=self._model,
-                num_microbatches=len(micro_batches),
-                seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
-                micro_batch_size=1,
-                forward_only=forward_only,
-                collect_non_loss_data=forward_only,
-            )
-        return stored
+        return run_micro_batches(self._model, micro_batches, finish, forward_only=forward_only)
 
     def _scores(self, batch: MicroBatch, hidden: Tensor) -> TokenScores:
         """hidden [T, 1, H] (or this rank's piece of T, with sequence parallelism) -> scores [R]."""
@@ -199,3 +186,34 @@ class Passes:
         shard = self._policy.head_weight.shape[0]
         start = tp.rank() * shard
         return Vocabulary(start=start, rows=min(max(vocab_size - start, 0), shard), group=tp)
+
+
+def run_micro_batches(
+    model: DistributedDataParallel,
+    micro_batches: Sequence[MicroBatch],
+    finish: Callable[..., Any],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Each micro-batch through `model` and then, with its hidden states, through `finish`, as megatron's schedules call it.
+
+    Returns what `finish` has to say on the last pipeline stage, in order; nothing elsewhere.
+    """
+
+    def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(batches)
+        hidden = model(batch.tokens, batch.sequences.positions[None], None, packed_seq_params=batch.sequences)
+        return hidden, functools.partial(finish, batch)
+
+    with cpu.cuda_means_cpu():
+        stored: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+    return stored

@@ -1,6 +1,6 @@
 """One rank of the megatron trainer: what the cluster's actors drive.
 
-    TrainBatch -> [reference log-probs] -> [old log-probs] -> for each optimizer step:
+    TrainBatch -> [reference log-probs] -> [old log-probs] -> [values] -> for each optimizer step, of critic and actor:
                   forward and backward over micro-batches -> all finite? -> clip, step, schedule
     named_weights -> HF-named tensors for the engines        save / finish_save / load_initial -> checkpoints
 
@@ -10,20 +10,20 @@ All ranks call each method together, in the same order. Nothing here knows of Ra
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from miles.algo import Metric, finish_metrics
+from miles.algo import finish_metrics
 from miles.config.groups import Config
 from miles.errors import CheckpointError, DataError, NonFiniteError
 from miles.observe.timers import Timers
@@ -32,13 +32,15 @@ from miles.trainers.losses import build_loss
 from miles.types import TrainBatch
 
 from . import checkpoint, cpu, rng
-from .hf_files import HfReader, is_hf_directory, read_config, write_hf_directory
+from .critic import Critic
+from .hf_files import read_config, write_hf_directory
 from .hf_names import NameMap, Shape
+from .learner import Learner, NonFiniteStep, reduce_metrics
 from .model import build_model, padded_vocab_size, params_dtype, shares_prompts
-from .optimizer import GuardedStep, build_optimizer, build_schedule, follow_flags, learning_rate
+from .model_weights import ModelWeights
 from .packing import MicroBatch, pack, split_rows, traced_log_probs
 from .parallel import Parallel
-from .preparation import entropy_mask, token_advantage_spec, token_advantages
+from .preparation import critic_advantages, entropy_mask, token_advantage_spec, token_advantages
 from .roles import ReferenceWeights
 from .step import KnownLogProbs, Passes
 
@@ -49,7 +51,7 @@ _MISMATCH = ("train_rollout_logprob_abs_diff", "train_rollout_logprob_abs_diff_m
 
 
 class MegatronTrainer:
-    """The policy, its optimizer and, where KL is wanted, its frozen reference, on one rank."""
+    """The policy and its optimizer, where KL is wanted its frozen reference, and for PPO its critic, on one rank."""
 
     def __init__(
         self,
@@ -68,7 +70,6 @@ class MegatronTrainer:
         `total_optimizer_steps` is the run's, which the learning rate decays over. Files for a post-mortem go to `run_dir`.
         """
         self.config, self.run_dir = config, Path(run_dir)
-        self.global_step = 0
         self.traced: dict[int, np.ndarray] = {}
         """Log-probs, before the first update, of the samples that the last batch had traced; see `traced_log_probs`."""
         self._total_steps = total_optimizer_steps
@@ -92,6 +93,11 @@ class MegatronTrainer:
             self._names = _name_map(config, self.parallel)
             with cpu.cuda_means_cpu():
                 self._model = build_model(config, self.parallel)
+            tied = not config.model.untie_embeddings_and_output_weights
+            self._weights = ModelWeights(self._model, self._names, self.parallel, tied=tied)
+            self._critic: Critic | None = None
+            if config.grpo.advantage_estimator == "ppo":
+                self._critic = Critic(config, self._names, self.parallel, total_steps=total_optimizer_steps)
         except BaseException:
             self.close()
             raise
@@ -99,6 +105,11 @@ class MegatronTrainer:
         self._loss = build_loss(config)
         self._reference: ReferenceWeights | None = None
         self._timers = Timers()
+
+    @property
+    def global_step(self) -> int:
+        """The actor's optimizer steps so far."""
+        return self._actor.steps
 
     # ------------------------------------------------------------------------------------------------------------ weights
 
@@ -118,75 +129,33 @@ class MegatronTrainer:
             self.load_weights(warm_start)
         if self._loss.needs_reference:
             self._reference = ReferenceWeights(self._model)
+        if self._critic is not None:
+            self._critic.start(warm_start if resume_from is None else None)
         self._build_training()
         return self.load(resume_from) if resume_from is not None else 0
 
     def load_weights(self, path: str) -> None:
         """Fills the model from an HF directory or a Megatron checkpoint (one, or the current one of a series)."""
-        if is_hf_directory(path):
-            self._load_hf(path)
-        elif checkpoints.holds_checkpoints(path):
-            found = self._find_checkpoint(path)
-            checkpoint.load_state(found, model=self._model, optimizer=None, parallel=self.parallel)
-        else:
-            raise CheckpointError(
-                f"checkpoint, got {path}: it holds neither config.json nor {checkpoints.LATEST}; "
-                "name an HF directory or a directory of Miles checkpoints"
-            )
-
-    @torch.no_grad()
-    def _load_hf(self, path: str) -> None:
-        reader = HfReader(path)
-        tp = self.parallel.groups.tp
-        for name, param in self._model.named_parameters():
-            match = self._names.match(name, self._layer_offset)
-            parts = [reader[hf_name] for hf_name in match.hf]
-            shard = match.layout.merge(parts, self._names.shape, tp.rank(), tp.size())
-            if shard.shape != param.shape:
-                raise CheckpointError(
-                    f"HF checkpoint {path}, got {' + '.join(match.hf)} of shape {[tuple(p.shape) for p in parts]}: the model "
-                    f"takes {tuple(param.shape)} for {name}; check the MODEL flags"
-                )
-            param.copy_(shard)
-        tied = "lm_head.weight" if not self.config.model.untie_embeddings_and_output_weights else ""
-        unknown = sorted(n for n in reader.unread if n != tied and not n.endswith("rotary_emb.inv_freq"))
-        if unknown and self.parallel.sizes.pipeline == 1:
-            raise CheckpointError(
-                f"HF checkpoint {path}, got {len(unknown)} tensors that the model has no place for, such as {unknown[0]}: "
-                "they would be lost; check the MODEL flags and --model-name"
-            )
+        self._weights.load(path)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """HF-named full tensors, streamed in a fixed order; every rank iterates. A tied output weight is not sent.
 
         In the model's dtype and on its device. A tensor may be the model's own memory: copy it before the next step.
         """
-        for name, param in self._model.named_parameters():
-            match = self._names.match(name, self._layer_offset)
-            shards = self.parallel.gather_tensor_shards(param.detach())
-            yield from zip(match.hf, match.layout.split(shards, self._names.shape), strict=True)
-
-    @property
-    def _layer_offset(self) -> int:
-        return int(get_transformer_layer_offset(self._model.config))
+        return self._weights.stream()
 
     # ----------------------------------------------------------------------------------------------------------- training
 
     def _build_training(self) -> None:
         """Gradient buffers, optimizer and schedule, around the weights as they are now: masters are copied from them."""
         config = self.config
-        in_fp32 = config.optimizer.accumulate_allreduce_grads_in_fp32
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, use_distributed_optimizer=False)
-        transformer = self._model.config
-        with cpu.cuda_means_cpu():
-            self._ddp = DistributedDataParallel(transformer, ddp_config, self._model)
-        self._ddp.broadcast_params()
-        self._optimizer = build_optimizer(config.optimizer, self._ddp, self.dtype)
-        self._schedule = build_schedule(config.optimizer, self._optimizer, self._total_steps)
-        self._guard = GuardedStep(self._optimizer, config.optimizer.clip_grad)
-        transformer.finalize_model_grads_func = _sum_gradients
+        extra = config.grpo.num_critic_only_steps * (config.rollout.num_steps_per_rollout or 1)
+        self._actor = Learner(
+            self._model, config.optimizer, self.parallel, total_steps=max(1, self._total_steps - extra)
+        )
         self._passes = Passes(
-            self._ddp,
+            self._actor.ddp,
             self.parallel,
             vocab_size=self._names.shape.vocab_size,
             chunk_tokens=config.perf.log_probs_chunk_size,
@@ -203,7 +172,27 @@ class MegatronTrainer:
         self._check(batch)
         steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts)
         known, prepared = self._prepare(batch, steps)
-        per_step = []
+        per_step: list[dict[str, float]] = [{} for _ in steps]
+        if self._critic is not None:
+            assert known.values is not None
+            assert known.returns is not None
+            with self._timers.phase("critic_train"):
+                for number, micro_batches in enumerate(steps):
+                    with self._keeping_non_finite(batch, number, "critic's "):
+                        per_step[number] |= self._critic.step(micro_batches, known.values, known.returns)
+        self.traced = {}
+        if batch.rollout_id >= self.config.grpo.num_critic_only_steps:
+            self._train_actor(batch, steps, known, per_step)
+        return {**self._metrics(batch, steps, per_step), **prepared}
+
+    def _train_actor(
+        self,
+        batch: TrainBatch,
+        steps: Sequence[Sequence[MicroBatch]],
+        known: KnownLogProbs,
+        per_step: list[dict[str, float]],
+    ) -> None:
+        """The actor's optimizer steps; their metrics go into `per_step`."""
         is_traced = bool(batch.metadata.get("traced")) and batch.num_rows > 0
         if is_traced and known.old is None:
             num_tokens = int(batch.rows["response_lengths"].sum())
@@ -211,21 +200,23 @@ class MegatronTrainer:
         first = known.old
         with self._timers.phase("actor_train"):
             for number, micro_batches in enumerate(steps):
-                per_step.append(self._optimizer_step(batch, number, micro_batches, known))
+                with self._keeping_non_finite(batch, number):
+                    made = self._actor.step(functools.partial(self._passes.loss_and_gradients, micro_batches, known))
                 if self._passes.seen is not None:  # later steps compute those of a policy that has moved
                     first, self._passes.seen = self._passes.seen, None
                 # The engine's policy is the one before the first step: later steps would measure the update as well.
                 if number > 0 and self.config.grpo.use_rollout_logprobs:
-                    per_step[-1] = {k: v for k, v in per_step[-1].items() if k not in _MISMATCH}
-        self.traced = traced_log_probs(first, batch) if is_traced and first is not None else {}
-        return {**self._metrics(batch, steps, per_step), **prepared}
+                    made = {k: v for k, v in made.items() if k not in _MISMATCH}
+                per_step[number] |= made
+        if is_traced and first is not None:
+            self.traced = traced_log_probs(first, batch)
 
     def evaluate(self, batch: TrainBatch) -> dict[str, float]:
         """The loss of `batch`, one optimizer step, with its metrics and without a gradient. Equal on all ranks."""
         self._check(batch)
         steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts)
         known, _ = self._prepare(batch, steps)
-        reduced = self._over_ranks(self._passes.evaluate([m for step in steps for m in step], known))
+        reduced = reduce_metrics(self._passes.evaluate([m for step in steps for m in step], known), self.parallel)
         self._timers.take()
         return finish_metrics(reduced)
 
@@ -250,7 +241,7 @@ class MegatronTrainer:
         num_tokens = len(batch.ragged["tokens"]) and int(batch.rows["response_lengths"].sum())
         spec = token_advantage_spec(grpo)
         metrics: dict[str, float] = {}
-        reference = scores = advantages = policy_mask = None
+        reference = scores = advantages = policy_mask = values = returns = None
         if self._reference is not None:
             with self._timers.phase("ref_log_probs"), self._reference.awake():
                 reference = self._passes.score(flat, num_tokens).log_probs
@@ -261,45 +252,30 @@ class MegatronTrainer:
         old = scores.log_probs if scores is not None and needs_old else None
         if not spec.is_identity:
             behind = self._rollout_log_probs(batch) if grpo.use_rollout_logprobs else old
-            advantages, made = token_advantages(batch, spec, self.parallel, behind, reference)
+            if self._critic is not None:
+                with self._timers.phase("values"):
+                    values = self._critic.values(flat, num_tokens)
+                advantages, returns, made = critic_advantages(batch, spec, self.parallel, values, behind, reference)
+            else:
+                advantages, made = token_advantages(batch, spec, self.parallel, behind, reference)
             metrics |= {f"train/{name}": value for name, value in made.items()}
         if grpo.entropy_quantile < 1:
             assert scores is not None
             policy_mask = entropy_mask(batch, scores.entropies, grpo.entropy_quantile, self.parallel)
         # With one update the step's own log-probs are the old ones, to the last bit.
         old = old if len(steps) > 1 else None
-        return KnownLogProbs(old, reference, advantages, policy_mask), metrics
+        return KnownLogProbs(old, reference, advantages, policy_mask, values, returns), metrics
 
     def _rollout_log_probs(self, batch: TrainBatch) -> Tensor:
         return torch.from_numpy(batch.ragged["rollout_log_probs"]).to(self.parallel.device)
 
-    def _optimizer_step(
-        self, batch: TrainBatch, number: int, micro_batches: Sequence[MicroBatch], known: KnownLogProbs
-    ) -> dict[str, float]:
-        self._ddp.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        reduced = self._over_ranks(self._passes.loss_and_gradients(micro_batches, known))
-        norm = self._guard.gradient_norm()
-        loss = float(reduced["loss"][1])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._non_finite(batch, number, loss, norm)
-        rate = learning_rate(self._optimizer)
-        self._guard.apply(norm)
-        self._schedule.step(1)
-        self.global_step += 1
-        return {**finish_metrics(reduced), "grad_norm": norm, "lr": rate}
-
-    def _over_ranks(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
-        """Metrics of the whole step, the same on every rank: one sum and one maximum over the data-parallel ranks."""
-        reduced: dict[str, Metric] = {}
-        for is_max, reduce in ((False, self.parallel.sum_over_data), (True, self.parallel.max_over_data)):
-            names = sorted(name for name, (kind, _) in metrics.items() if (kind == "max") == is_max)
-            if not names:
-                continue
-            stacked = torch.stack([metrics[name][1].double() for name in names])
-            values = reduce(stacked).cpu()
-            reduced |= {name: (metrics[name][0], values[i]) for i, name in enumerate(names)}
-        return reduced
+    @contextmanager
+    def _keeping_non_finite(self, batch: TrainBatch, number: int, whose: str = "") -> Iterator[None]:
+        """Of a step that is not finite, the batch is kept and the error names it."""
+        try:
+            yield
+        except NonFiniteStep as found:
+            raise self._non_finite(batch, number, whose, found.loss, found.norm) from None
 
     def _metrics(
         self, batch: TrainBatch, steps: Sequence[Sequence[MicroBatch]], per_step: Sequence[dict[str, float]]
@@ -325,14 +301,14 @@ class MegatronTrainer:
             torch.cuda.reset_peak_memory_stats(self.parallel.device)
         return metrics | self._timers.take()
 
-    def _non_finite(self, batch: TrainBatch, number: int, loss: float, norm: float) -> NonFiniteError:
+    def _non_finite(self, batch: TrainBatch, number: int, whose: str, loss: float, norm: float) -> NonFiniteError:
         path = self.run_dir / f"nonfinite-{batch.rollout_id}-rank{self.parallel.rank}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {**batch.rows, **batch.ragged}
         arrays |= {f"step{s}.micro_batch{m}": rows for s, step in enumerate(batch.steps) for m, rows in enumerate(step)}
         np.savez(path, **arrays)  # type: ignore[arg-type]
         return NonFiniteError(
-            f"optimizer step {number} of rollout {batch.rollout_id}, got loss {loss} and gradient norm {norm}: the weights "
+            f"{whose}optimizer step {number} of rollout {batch.rollout_id}, got loss {loss} and gradient norm {norm}: the weights "
             f"were not touched and the batch is in {path}; look for extreme log-probs or rewards there"
         )
 
@@ -356,13 +332,16 @@ class MegatronTrainer:
         the caller's own state, JSON-ready: `checkpoints.read_state` gives it back.
         """
         with_optimizer = not self.config.ckpt.no_save_optim
+        critic = self._critic
         checkpoint.save_state(
             directory,
             iteration,
             model=self._model,
-            optimizer=self._optimizer if with_optimizer else None,
+            optimizer=self._actor.optimizer if with_optimizer else None,
+            critic=(critic.model, critic.learner.optimizer if with_optimizer else None) if critic is not None else None,
             state={
                 "global_step": self.global_step,
+                "critic_steps": critic.learner.steps if critic is not None else None,
                 "optimizer": self.config.optimizer.optimizer if with_optimizer else None,
                 "model": dataclasses.asdict(self.config.model),
                 "world_size": self.parallel.world_size,
@@ -370,6 +349,8 @@ class MegatronTrainer:
             },
             parallel=self.parallel,
         )
+        if critic is not None and self.config.ckpt.critic_save is not None:
+            critic.save_hf(self.config.ckpt.critic_save)
 
     def finish_save(self, directory: str | Path, iteration: int) -> None:
         """Makes a checkpoint that every rank has saved the current one, then removes those that --save-retain-interval
@@ -391,16 +372,15 @@ class MegatronTrainer:
                 f"--optimizer, got {ours}: checkpoint {found} holds the state of {saved}; "
                 f"take --optimizer {saved}, or start from its weights with --ref-load"
             )
-        optimizer = self._optimizer if saved is not None else None
+        with_optimizer = saved is not None
+        optimizer = self._actor.optimizer if with_optimizer else None
         checkpoint.load_state(found, model=self._model, optimizer=optimizer, parallel=self.parallel)
-        if optimizer is None:
+        if not with_optimizer:
             logger.warning("checkpoint %s has no optimizer state: its moments start at zero", found)
-            self._optimizer.reload_model_params()
+        self._actor.continue_from(int(state["global_step"]), with_optimizer=with_optimizer)
+        if self._critic is not None:
+            self._critic.load(found, steps=int(state.get("critic_steps") or 0), with_optimizer=with_optimizer)
         checkpoint.load_rng(found, self.parallel)
-        follow_flags(self.config.optimizer, self._optimizer)
-        self.global_step = int(state["global_step"])
-        self._schedule.num_steps = 0
-        self._schedule.step(self.global_step)
         return int(state["iteration"])
 
     def save_hf(self, path: str | Path) -> None:
@@ -415,26 +395,9 @@ class MegatronTrainer:
                 pass
         self.parallel.barrier()
 
-    def _find_checkpoint(self, directory: str | Path) -> Path:
-        """Verified by the main rank alone, whose verdict all ranks share: checksums are read once."""
-        verdict: Path | CheckpointError
-        try:
-            verdict = checkpoints.find(directory) if self.parallel.is_main else Path(directory)
-        except CheckpointError as error:
-            verdict = error
-        verdict = self.parallel.from_main(verdict)
-        if isinstance(verdict, CheckpointError):
-            raise verdict
-        return verdict
-
     def close(self) -> None:
         """Leaves the process group. Safe to call twice."""
         self.parallel.close()
-
-
-def _sum_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron's reduction over ranks, without its division by a token count."""
-    finalize_model_grads(chunks, None, **kwargs)
 
 
 def _name_map(config: Config, parallel: Parallel) -> NameMap:

@@ -67,7 +67,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(tmp_path: Path, qwe
 
 
 def _optimizer_state(trainer: MegatronTrainer) -> list[dict[str, Any]]:
-    (inner,) = trainer._optimizer.chained_optimizers
+    (inner,) = trainer._actor.optimizer.chained_optimizers
     return [inner.optimizer.state[p] for p in inner.get_parameters()]
 
 
@@ -85,7 +85,7 @@ def test_hyper_parameters_are_the_flags_also_after_a_resume(tmp_path: Path, qwen
     changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=3e-3, adam_beta2=0.95))
     with trainer_for(_loading(changed, tmp_path / "ckpt"), tmp_path) as trainer:
         assert trainer.train(make_batch())["train/lr"] == pytest.approx(3e-3)
-        assert {group["betas"] for group in trainer._optimizer.param_groups} == {(0.9, 0.95)}
+        assert {group["betas"] for group in trainer._actor.optimizer.param_groups} == {(0.9, 0.95)}
 
 
 def test_saving_leaves_no_process_and_no_partial_directory(tmp_path: Path, qwen3: Path) -> None:

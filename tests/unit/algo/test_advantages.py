@@ -255,6 +255,6 @@ def test_pass_at_k_of_successes_and_failures_is_the_papers_closed_form():
 
 
 def test_chosen_by_name():
-    expected = {*GROUP_RELATIVE, "reinforce_plus_plus", "remax"}
+    expected = {*GROUP_RELATIVE, "ppo", "reinforce_plus_plus", "remax"}
     assert set(advantage_estimators) == expected
     assert advantage_estimators.get("gspo") is advantage_estimators.get("grpo")

@@ -22,7 +22,6 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"advantage_estimator": "best"},
         "--advantage-estimator, got best: there is no such name; choose one of grpo, gspo,",
     ),
-    ({"advantage_estimator": "ppo"}, "--advantage-estimator ppo is not built yet: GAE with a critic; use"),
     ({"loss_aggregation": "sum"}, "--loss-aggregation, got sum: there is no such name"),
     (
         {"advantage_estimator": "gspo", "policy_loss": "cispo"},

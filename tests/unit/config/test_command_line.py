@@ -87,8 +87,8 @@ def test_unknown_flag_names_the_nearest() -> None:
 
 
 def test_every_mistake_is_reported_at_once() -> None:
-    lines = message("--lrr", "1", "--colocate", "yes", "--lambd", "0.9").splitlines()
-    assert [line.split(",")[0].split(":")[0].split(" ")[0] for line in lines] == ["--lrr", "--colocate", "--lambd"]
+    lines = message("--lrr", "1", "--colocate", "yes", "--lora-rank", "8").splitlines()
+    assert [line.split(",")[0].split(":")[0].split(" ")[0] for line in lines] == ["--lrr", "--colocate", "--lora-rank"]
 
 
 @pytest.mark.parametrize(

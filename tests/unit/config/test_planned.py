@@ -36,9 +36,9 @@ def test_tables_name_flags_that_are_planned() -> None:
 
 def test_the_line() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse(["--lambd", "0.9", "--prometheus-port", "9", "--router-policy", "y", "--bf16"])
+        parse(["--lora-rank", "8", "--prometheus-port", "9", "--router-policy", "y", "--bf16"])
     assert str(caught.value).splitlines() == [
-        "--lambd is not built yet: lambda of GAE (critic and PPO); use --advantage-estimator grpo, which needs no critic",
+        "--lora-rank is not built yet: LoRA; train all weights",
         "--prometheus-port is not built yet: more metrics and exporters; read metrics.jsonl in the run directory",
         "--router-policy is not built yet: external engines, routers and sessions; the run starts its own engines and "
         "balances between them; see --rollout-num-gpus",

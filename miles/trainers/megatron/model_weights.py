@@ -1,0 +1,115 @@
+"""A model's weights, in from checkpoints and out under HF names.
+
+HF directory, Miles checkpoint --load--> megatron parameters --stream--> HF-named full tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from miles.errors import CheckpointError
+from miles.trainers import checkpoints
+
+from . import checkpoint
+from .hf_files import HfReader, is_hf_directory
+from .hf_names import NameMap
+from .model import ScalarModel
+from .parallel import Parallel
+
+_SCORE, _OUTPUT = "score.weight", "lm_head.weight"
+
+
+class ModelWeights:
+    """Reads and streams one model's weights. Every rank calls each method."""
+
+    def __init__(self, model: GPTModel, names: NameMap, parallel: Parallel, *, tied: bool):
+        """tied: the checkpoint's output weight is its embedding, so one that it has beside that is not missed."""
+        self._model, self._names, self._parallel = model, names, parallel
+        self._is_scalar = isinstance(model, ScalarModel)
+        self._unused = {_OUTPUT} if tied or self._is_scalar else set()
+
+    def load(self, path: str | Path) -> None:
+        """Fills the model from an HF directory or a Miles checkpoint (one, or the current one of a series).
+
+        A scalar model takes its head, where there is none in it, as zeros: so a language model becomes a critic. Of a
+        checkpoint with a critic it takes the critic. Raises CheckpointError.
+        """
+        if is_hf_directory(path):
+            self._load_hf(path)
+        elif checkpoints.holds_checkpoints(path):
+            self._load_checkpoint(self._find(path))
+        else:
+            raise CheckpointError(
+                f"checkpoint, got {path}: it holds neither config.json nor {checkpoints.LATEST}; "
+                "name an HF directory or a directory of Miles checkpoints"
+            )
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """HF-named full tensors in a fixed order; every rank iterates. A tied output weight is not among them.
+
+        In the model's dtype and on its device. A tensor may be the model's own memory: copy it before the next step.
+        """
+        offset = self._layer_offset
+        for name, param in self._model.named_parameters():
+            match = self._names.match(name, offset)
+            shards = self._parallel.gather_tensor_shards(param.detach())
+            yield from zip(match.hf, match.layout.split(shards, self._names.shape), strict=True)
+
+    @torch.no_grad()
+    def _load_hf(self, path: str | Path) -> None:
+        reader = HfReader(path)
+        tp = self._parallel.groups.tp
+        for name, param in self._model.named_parameters():
+            if self._is_scalar and name == _SCORE and _SCORE not in reader:
+                self._reset_head()
+                continue
+            match = self._names.match(name, self._layer_offset)
+            parts = [reader[hf_name] for hf_name in match.hf]
+            shard = match.layout.merge(parts, self._names.shape, tp.rank(), tp.size())
+            if shard.shape != param.shape:
+                raise CheckpointError(
+                    f"HF checkpoint {path}, got {' + '.join(match.hf)} of shape {[tuple(p.shape) for p in parts]}: the model "
+                    f"takes {tuple(param.shape)} for {name}; check the MODEL flags"
+                )
+            param.copy_(shard)
+        unknown = sorted(n for n in reader.unread - self._unused if not n.endswith("rotary_emb.inv_freq"))
+        if unknown and self._parallel.sizes.pipeline == 1:
+            raise CheckpointError(
+                f"HF checkpoint {path}, got {len(unknown)} tensors that the model has no place for, such as {unknown[0]}: "
+                "they would be lost; check the MODEL flags and --model-name"
+            )
+
+    def _load_checkpoint(self, found: Path) -> None:
+        without = frozenset[str]()
+        if self._is_scalar:
+            found = found / checkpoint.CRITIC if (found / checkpoint.CRITIC).is_dir() else found
+            if not checkpoint.holds_tensor(found, _SCORE):
+                without = frozenset({_SCORE})
+                self._reset_head()
+        checkpoint.load_state(found, model=self._model, optimizer=None, parallel=self._parallel, without=without)
+
+    def _reset_head(self) -> None:
+        assert isinstance(self._model, ScalarModel)
+        self._model.reset_head()
+
+    def _find(self, directory: str | Path) -> Path:
+        """Verified by the main rank alone, whose verdict all ranks share: checksums are read once."""
+        verdict: Path | CheckpointError
+        try:
+            verdict = checkpoints.find(directory) if self._parallel.is_main else Path(directory)
+        except CheckpointError as error:
+            verdict = error
+        verdict = self._parallel.from_main(verdict)
+        if isinstance(verdict, CheckpointError):
+            raise verdict
+        return verdict
+
+    @property
+    def _layer_offset(self) -> int:
+        return int(get_transformer_layer_offset(self._model.config))
