@@ -117,7 +117,7 @@ def test_a_rollout_equals_hf_and_torch(tmp_path: Path, qwen3: Path, other_qwen3:
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
-        losses.append(float(value_loss))
+        losses.append(value_loss.item())
         held.append(clipped)
     assert held[1] > 0.05, "the clip is at work"
 

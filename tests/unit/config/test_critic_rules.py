@@ -39,7 +39,10 @@ def test_a_flag_of_the_critic_needs_one(name: str) -> None:
             "--critic-num-gpus-per-node, got 1: the critic shares the actor's ranks, and --actor-num-gpus-per-node is 2",
         ),
         ({"num_critic_only_steps": 5, **STEPS}, "--num-critic-only-steps, got 5: the run has --num-rollout 5"),
-        ({"critic_lr": 1e-6, "lr": 1e-4, "min_lr": 1e-5}, "--critic-lr, got 1e-06: it is below --min-lr 1e-05"),
+        (
+            {"critic_lr": 1e-6, "lr": 1e-4, "min_lr": 1e-5, "lr_decay_style": "linear"},
+            "--critic-lr, got 1e-06: it is below --min-lr 1e-05",
+        ),
         (
             {"critic_lr_warmup_iters": 10, **STEPS},
             "--critic-lr-warmup-iters, got 10: the critic's schedule ends after 10",

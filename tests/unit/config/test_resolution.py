@@ -123,7 +123,7 @@ def test_paths_are_made_absolute(launch: Launch, tmp_path: Path, monkeypatch: py
         ("rollout: {rollout_stop: x}", "--rollout-stop, got 'x': it is not a list; give str ..."),
         ("cluster: {colocate: 1}", "--colocate, got 1: it is not a truth value; give true or false"),
         ("optimizer: {optimizer: lion}", "--optimizer, got 'lion': it is none of the choices; give adam|sgd"),
-        ("grpo: {lambd: 0.9}", "--lambd is not built yet"),
+        ("grpo: {lora_rank: 8}", "--lora-rank is not built yet"),
         ("[1]", "its top level is a list; it must be a mapping"),
         ("a: [", "it is not YAML"),
     ],

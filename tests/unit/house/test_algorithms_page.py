@@ -58,6 +58,7 @@ def test_recipes_of_the_first_table_resolve() -> None:
     make_config(disable_grpo_std_normalization=True, loss_aggregation="constant")
     make_config(calculate_per_token_loss=True, eps_clip_high=0.28, overlong_filtering=True)
     make_config(advantage_estimator="gspo", eps_clip=3e-4, eps_clip_high=4e-4)
+    make_config(advantage_estimator="ppo", critic_lr=1e-5)
     make_config(advantage_estimator="reinforce_plus_plus", kl_coef=0.001)
     make_config(advantage_estimator="gdpo", reward_weights={"correct": 1, "format": 0.2})
 
