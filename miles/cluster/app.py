@@ -12,7 +12,6 @@ nothing, so the loops have no branches.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import sys
 import time
@@ -54,7 +53,8 @@ class App:
         self._locks = self._lock()
         self._stack.callback(self._close_report)  # after everything else: it tells how the run ended
         earlier = [Path(lock.previous.run_dir) for lock in self._locks if lock.previous is not None]
-        self._before = run_before([self.run_dir.path, *earlier], locked=True)
+        ours = [lock.directory for lock in self._locks if lock.fd is not None]
+        self._before = run_before([self.run_dir.path, *earlier], locked=ours)
         self._trackers: Trackers | None = None
         self._stack.push(self._end_trackers)
         self._step_started = time.perf_counter()
@@ -123,7 +123,7 @@ class App:
         resume = self._resume()
         self._write_config()
         if not config.tracking.no_report:
-            self._report = ReportProcess(self.run_dir.path, note=self.display.note)
+            self._report = ReportProcess(self.run_dir.path, note=self.display.note, environment=guardian.unmarked())
         self.display.phase(0, self.num_rollout, "starting ray")
         started = time.perf_counter()
         keep_open = [lock.fd for lock in self._locks if lock.fd is not None]
@@ -155,7 +155,7 @@ class App:
         self._engines.look, self.rollout_manager.look = self.recovery.look, self.recovery.look_idle
         if self.trainers:
             self.trainers.look = self.recovery.look
-            self.trainers.start(self._total_optimizer_steps(), self.run_dir.path, resume.checkpoint)
+            self.trainers.start(self._total_optimizer_steps(), self.run_dir.path, resume.checkpoint, resume.start)
         dp_size = self.trainers.world_size if self.trainers else 1
         self.rollout_manager.start(self._engines.addresses, dp_size, resume.data_state)
         self._evaluate = self._choose_evaluation()
@@ -164,13 +164,16 @@ class App:
             self.run_dir.drop_samples(self.start)
         self.tracker = Tracker(MetricsFile(self.run_dir.metrics, first_step=first_step))
         self._stack.callback(self.tracker.close)
-        environment = {k: v for k, v in os.environ.items() if k != guardian.MARK_VARIABLE}  # they outlive the driver
         self._trackers = Trackers(
             enabled(config.tracking),
             self.run_dir,
             first_step=first_step,
             close_timeout_s=config.tracking.tracker_close_timeout,
-            environment={**environment, **tracker_environment(config.tracking), **self._resolution.secrets},
+            environment={
+                **guardian.unmarked(),
+                **tracker_environment(config.tracking),
+                **self._resolution.secrets,
+            },
         )
         self.tracker.add({"perf/start_time": time.perf_counter() - started})
         self._step_started = time.perf_counter()

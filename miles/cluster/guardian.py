@@ -24,7 +24,12 @@ MARK_VARIABLE = "MILES_RUN_MARK"
 #: Time for processes to end by themselves, with their last words in the logs.
 _GRACE_S = 2.0
 #: After this the guardian gives up; nothing resists SIGKILL for that long but a process in uninterruptible sleep.
-_LIMIT_S = 30.0
+LIMIT_S = 30.0
+
+
+def unmarked() -> dict[str, str]:
+    """The environment for a process that outlives the driver: without the run's mark."""
+    return {name: value for name, value in os.environ.items() if name != MARK_VARIABLE}
 
 
 def members(directory: str, mark: str, driver: int) -> Iterator[psutil.Process]:
@@ -46,7 +51,7 @@ def members(directory: str, mark: str, driver: int) -> Iterator[psutil.Process]:
 def main(directory: str, mark: str, driver: int) -> None:
     sys.stdin.buffer.read()  # the driver writes nothing: this returns when it has ended
     since = time.monotonic()
-    while (left := list(members(directory, mark, driver))) and time.monotonic() - since < _LIMIT_S:
+    while (left := list(members(directory, mark, driver))) and time.monotonic() - since < LIMIT_S:
         if time.monotonic() - since > _GRACE_S:
             for process in left:
                 try:

@@ -33,6 +33,8 @@ _PREFIX = "miles-ray-"
 _CPU_OBJECT_STORE_BYTES = 512 * 1024**2
 #: For Ray to shut down in order.
 _DISCONNECT_LIMIT_S = 30.0
+#: For the guardian, which limits itself to `guardian.LIMIT_S` unless the kernel lets it wait.
+_GUARDIAN_LIMIT_S = guardian.LIMIT_S + 10.0
 
 _secured = False
 
@@ -80,7 +82,7 @@ def ray_cluster(*, has_gpu: bool, keep_open: Sequence[int] = ()) -> Iterator[Non
         [sys.executable, guardian.__file__, str(directory), mark, str(os.getpid())],
         stdin=subprocess.PIPE,
         # It must not find itself by its mark, nor die of the Ctrl-C that ends the driver.
-        env={k: v for k, v in os.environ.items() if k != guardian.MARK_VARIABLE},
+        env=guardian.unmarked(),
         start_new_session=True,
         pass_fds=keep_open,
     )
@@ -96,7 +98,14 @@ def ray_cluster(*, has_gpu: bool, keep_open: Sequence[int] = ()) -> Iterator[Non
     finally:
         leaving = _disconnect()
         del os.environ[guardian.MARK_VARIABLE]
-        watch.communicate()  # it ends what a clean shutdown left, and removes the directory
+        try:
+            watch.communicate(
+                timeout=_GUARDIAN_LIMIT_S
+            )  # it ends what a clean shutdown left, and removes the directory
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "the guardian of %s was not done after %.0f s; it goes on by itself", directory, _GUARDIAN_LIMIT_S
+            )
         leaving.join(_DISCONNECT_LIMIT_S)
 
 

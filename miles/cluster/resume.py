@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,15 @@ class Resume:
 def look(config: Config, *, num_rollout: int, has_prompts: bool, before: tuple[Path, RunState] | None) -> Resume:
     """Finds and verifies the checkpoint to continue; changes nothing. `before` is the run that was here.
 
-    Raises `CheckpointError` where there are checkpoints and none can be continued, `UserError` where there is nothing left
-    to train.
+    Raises `CheckpointError` where there are checkpoints and none can be continued, or where those of another run are in
+    --save; `UserError` where there is nothing left to train.
     """
     load = config.ckpt.load
     started = time.monotonic()
     choice = checkpoints.choose(load) if load is not None else None
     seconds = time.monotonic() - started
+    if config.ckpt.save is not None:
+        _refuse_to_mix(Path(config.ckpt.save), choice, load)
     notes = list(_found(before))
     if choice is None:
         if before is not None or load is not None:
@@ -83,6 +85,20 @@ def look(config: Config, *, num_rollout: int, has_prompts: bool, before: tuple[P
         f"{_again(start, before)}"
     )
     return Resume(choice, start, state, tuple(notes))
+
+
+def _refuse_to_mix(save: Path, choice: Choice | None, load: str | None) -> None:
+    """Raises where --save holds checkpoints that the run does not continue: a torn one of its own would fall back to them,
+    and whichever has the same number would be written over.
+    """
+    newest = checkpoints.newest(save)
+    if newest is None or (choice is not None and choice.checkpoint.resolve().parent == save.resolve()):
+        return
+    begins = "there is no --load" if load is None else f"--load is {load}"
+    raise CheckpointError(
+        f"--save, got {save}: it holds checkpoints up to iteration {newest}, which this run does not continue ({begins}) "
+        f"and would mix with its own; add --load {save} to continue them, or name another directory"
+    )
 
 
 def data_state_of(extra: dict[str, Any], *, start: int, has_prompts: bool) -> dict[str, Any]:
@@ -113,25 +129,25 @@ def tidy(config: Config, resume: Resume) -> Iterator[str]:
         yield f"removed from {save}, never finished: {', '.join(path.name for path in removed)}"
 
 
-def run_before(directories: Iterable[Path], *, locked: bool) -> tuple[Path, RunState] | None:
+def run_before(directories: Iterable[Path], *, locked: Collection[Path] = ()) -> tuple[Path, RunState] | None:
     """The first of `directories` that a run was in, with its state.
 
-    `locked`: the caller holds the lock that this run held, so where its state says "running" it was killed.
+    `locked` are those whose lock the caller holds: a run that is still "running" there was killed.
     """
     for directory in directories:
         if (state := read_run_state(directory)) is not None:
-            if locked and state.outcome == "running":
+            if state.outcome == "running" and directory in locked:
                 state = dataclasses.replace(state, outcome="killed")
             return directory, state
     return None
 
 
 def find_run_before(config: Config) -> tuple[Path, RunState] | None:
-    """The run that the configuration would follow, for a look from outside."""
+    """The run that the configuration would follow, for a look without locks."""
     directories = [Path(config.cluster.run_dir)] if config.cluster.run_dir else []
     if config.ckpt.save is not None and (owner := run_lock.owner(Path(config.ckpt.save))) is not None:
         directories.append(Path(owner.run_dir))
-    return run_before(directories, locked=False)
+    return run_before(directories)
 
 
 def _found(before: tuple[Path, RunState] | None) -> Iterator[str]:

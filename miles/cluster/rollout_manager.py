@@ -73,6 +73,7 @@ class RolloutManagerActor:
         self._eval_shards: dict[str, tuple[ray.ObjectRef, ...]] = {}
         self._channels: tuple[str, ...] = ()
         self._pool: EnginePool | None = None
+        self._engines: Sequence[EngineAddress] = ()
         self._loop: asyncio.AbstractEventLoop | None = None
         assert config.ckpt.hf_checkpoint is not None
         self.tokenizer = load_tokenizer(config.ckpt.hf_checkpoint)
@@ -104,7 +105,8 @@ class RolloutManagerActor:
                 return
             cluster = self.config.cluster
             self._pool = EnginePool(
-                [self._client(e) for e in engines],
+                # One that was lost meanwhile has another address already: Ray promises no order of calls here.
+                [self._client(e) for e in self._engines or engines],
                 self.config.sglang.sglang_server_concurrency,
                 # The driver notices that an engine is dead, and gives another in its place or ends the run.
                 recovery_limit_s=cluster.heartbeat_timeout + 2 * cluster.start_timeout,
@@ -128,6 +130,7 @@ class RolloutManagerActor:
 
         Returns by name how many samples are sent again, of engines that have been replaced.
         """
+        self._engines = engines
         if self._pool is None:
             return {}
         self._pool.version = version

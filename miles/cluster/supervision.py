@@ -159,6 +159,9 @@ class Supervisor:
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                 w.lost = Lost(died(w.process, error, self._waiting_for), whole=True)
                 continue
+            except ray.exceptions.RayTaskError as error:
+                w.lost = Lost(_no_sign(w.process, error), whole=True)
+                continue
             w.heard_at, w.before, w.busy_noted = time.monotonic(), None, False
             if w.beat is not None and w.beat.trouble is not None:
                 w.lost = Lost(ProcessDied(w.beat.trouble), whole=False)
@@ -212,6 +215,14 @@ class Supervisor:
                     f"Ray's {name} (pid {pid}), got no work done since {clock(self._ray_well_at[pid])} {waiting}: "
                     f"{describe(pid, state)}; the limit is --heartbeat-timeout"
                 )
+
+
+def _no_sign(process: Process, error: ray.exceptions.RayTaskError) -> MilesError:
+    """The error of a process whose `beat` raises: what it is doing is anybody's guess."""
+    logger.error("%s raised in its sign of life", process.name, exc_info=error)
+    return ProcessDied(
+        f"process {process.name}, got {error.cause!r} instead of a sign of life: it cannot be looked after; see {process.log}"
+    )
 
 
 def silence_limit_s(heartbeat_timeout_s: float) -> float:

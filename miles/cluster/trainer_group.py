@@ -21,7 +21,7 @@ import torch
 
 from miles.config import Config, import_plugins
 from miles.engines.client import EngineClient
-from miles.errors import UserError
+from miles.errors import CheckpointError
 from miles.observe import open_process_log
 from miles.trainers import make_trainer
 from miles.types import TrainBatch, WeightVersion
@@ -171,8 +171,10 @@ class TrainerGroup:
         calls = {process: call(process.handle, rank) for rank, process in enumerate(self.processes)}
         return wait_for(calls, what=what, limit_s=self._limit_s, look=self.look)
 
-    def start(self, total_steps: int, run_dir: Path, resume_from: Path | None) -> int:
-        """`resume_from` is a whole checkpoint, or None. Returns the rollout to begin with, on which all ranks agree."""
+    def start(self, total_steps: int, run_dir: Path, resume_from: Path | None, first_rollout: int) -> None:
+        """`resume_from` is a whole checkpoint, or None. Raises `CheckpointError` where a rank found another one there than
+        the driver, which would begin with `first_rollout`.
+        """
         limit_s = self.config.cluster.start_timeout
         first = self.processes[0]
         [address] = wait_for(
@@ -185,11 +187,11 @@ class TrainerGroup:
                 self.world_size, rank % per_node, address, total_steps, run_dir, resume_from
             ),
         )
-        if len(set(starts)) != 1:
-            raise UserError(
-                f"--load, got rollouts {starts} on ranks 0..{self.world_size - 1}: not one checkpoint; is --load a shared directory?"
+        if any(start != first_rollout for start in starts):
+            raise CheckpointError(
+                f"--load, got rollouts {starts} to begin with on ranks 0..{self.world_size - 1} and {first_rollout} on the "
+                f"driver: they read different checkpoints; --load must be a directory that all nodes share"
             )
-        return starts[0]
 
     def train(self, shards: Sequence[ray.ObjectRef]) -> Trained:
         """All optimizer steps of one rollout; `shards[i]` holds data-parallel rank i's `TrainBatch`."""

@@ -15,14 +15,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from miles.errors import EngineError
 from miles.observe import tail
+from miles.observe.vitals import KILL_LIMIT_S
 
-TOKEN_VARIABLE = "MILES_ENGINE_TOKEN"
+from .embedded.options import TOKEN_VARIABLE
 
 #: The line an engine prints once it serves.
 _READY = re.compile(rb"^miles-engine ready url=(http://\S+)\s*$", re.MULTILINE)
@@ -31,43 +33,49 @@ _LOG_LINES = 30
 
 
 class _Group:
-    """A child that leads a process group. The group is killed when the child has ended, however it ended, and only
-    then and once: afterwards the system may give its number to somebody else's processes."""
+    """A child that leads a process group. The group is killed when the child has ended, however it ended, and before its
+    status is collected: afterwards the system may give its number to somebody else's processes. Any thread may call."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
-        self._swept = False
+        self._lock = threading.Lock()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def poll(self) -> int | None:
-        status = self._process.poll()
-        if status is not None:
-            self._sweep()
-        return status
+        with self._lock:
+            if self._process.returncode is None:
+                # Looks without collecting: the zombie keeps the group's number ours.
+                if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                    return None
+                os.killpg(self.pid, signal.SIGKILL)
+            return self._process.wait()
 
-    def end(self, grace_s: float) -> int:
-        """Closes its stdin, SIGTERM, SIGKILL after `grace_s`; returns the exit status."""
+    def end(self, grace_s: float) -> int | None:
+        """Closes its stdin, SIGTERM, SIGKILL after `grace_s`; returns the exit status, None where the kernel cannot end it."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
-        if self.poll() is None and grace_s > 0:
+        if grace_s > 0:
             self._signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace_s)
-        self._sweep()
-        return self._process.wait()
+            if (status := self._wait(grace_s)) is not None:
+                return status
+        self._signal(signal.SIGKILL)
+        return self._wait(KILL_LIMIT_S)
 
-    def _sweep(self) -> None:
-        if not self._swept:
-            self._swept = True
-            self._signal(signal.SIGKILL)
+    def _wait(self, limit_s: float) -> int | None:
+        until = time.monotonic() + limit_s
+        while (status := self.poll()) is None and time.monotonic() < until:
+            time.sleep(_POLL_S / 5)
+        return status
 
     def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+        """To a child whose status was not collected: the number is still its own."""
+        with self._lock:
+            if self._process.returncode is None:
+                os.killpg(self.pid, number)
 
 
 class EngineProcess:
@@ -93,12 +101,16 @@ class EngineProcess:
         status = self.poll()
         if status is None:
             return None
-        return f"engine {self.name} ended ({_exit_text(status)}): {self.log_path} ends in:\n{tail(self.log_path, _LOG_LINES)}"
+        return (
+            f"engine {self.name}, got its end ({_exit_text(status)}): see {self.log_path}, which ends in:\n"
+            f"{tail(self.log_path, _LOG_LINES)}"
+        )
 
-    def terminate(self, grace_s: float = 5.0) -> int:
+    def terminate(self, grace_s: float = 5.0) -> int | None:
         """SIGTERM, then SIGKILL after `grace_s`, to the engine and everything it started. Returns the exit status.
 
-        Blocks at most a little longer than that. May be called again, and on an engine that has ended.
+        Blocks at most a little longer than that; returns None where a dead disk keeps the kernel from ending it. May be
+        called again, and on an engine that has ended.
         """
         return self._group.end(grace_s)
 

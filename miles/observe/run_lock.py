@@ -58,10 +58,10 @@ class Owner:
 
 
 class RunLock:
-    """A lock that is held. `fd` is None where the file system keeps no locks; `previous` held it last."""
+    """The lock of `directory`, held. `fd` is None where the file system keeps no locks; `previous` held it last."""
 
-    def __init__(self, fd: int | None, previous: Owner | None):
-        self.fd, self.previous = fd, previous
+    def __init__(self, directory: Path, fd: int | None, previous: Owner | None):
+        self.directory, self.fd, self.previous = directory, fd, previous
 
     @classmethod
     def take(cls, directory: Path, run_dir: Path, *, flag: str, note: Callable[[str], None]) -> RunLock:
@@ -80,7 +80,7 @@ class RunLock:
         try:
             if not _lock_patiently(fd, directory, flag, note):
                 os.close(fd)
-                return cls(None, None)
+                return cls(directory, None, None)
             previous = owner(directory)
             me = Owner(os.getpid(), socket.gethostname(), time.time(), str(run_dir))
             os.ftruncate(fd, 0)
@@ -88,7 +88,7 @@ class RunLock:
         except BaseException:
             os.close(fd)
             raise
-        return cls(fd, previous)
+        return cls(directory, fd, previous)
 
     def release(self) -> None:
         """Safe to call twice."""

@@ -14,6 +14,10 @@ from typing import Literal
 #: own threads use in a frozen one is far less.
 BUSY_SHARE = 0.1
 
+#: For the kernel to end what was killed: only a process in uninterruptible sleep (a dead network disk) takes longer, and
+#: nobody can help it.
+KILL_LIMIT_S = 10.0
+
 State = Literal["gone", "stopped", "working", "asleep"]
 
 

@@ -127,6 +127,12 @@ def holds_checkpoints(path: str | Path) -> bool:
     return is_checkpoint(root) or (root / LATEST).exists() or any(True for _ in _iterations(root))
 
 
+def newest(directory: str | Path) -> int | None:
+    """The highest iteration among the checkpoints of a series, whole or torn; None where it has none."""
+    root = Path(directory)
+    return max(_iterations(root), default=None) if root.is_dir() else None
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` is one checkpoint itself, perhaps a torn one, rather than a series of them."""
     root = Path(path)

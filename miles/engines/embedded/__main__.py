@@ -27,7 +27,7 @@ from miles.errors import ConfigError, UserError
 from .cache import EXTENT_STEP, KVCache
 from .model import DecoderModel
 from .model_config import DTYPE_NAMES, DTYPES, ModelConfig
-from .options import EngineOptions, parse_options
+from .options import TOKEN_VARIABLE, EngineOptions, parse_options
 from .requests import Limits
 from .scheduler import Scheduler, SchedulerLimits, default_max_total_tokens, fixed_rows
 from .server import EngineInfo, EngineServer
@@ -36,7 +36,6 @@ from .weights import Parameters, WeightState
 
 logger = logging.getLogger("miles.engines.embedded")
 
-TOKEN_VARIABLE = "MILES_ENGINE_TOKEN"
 #: How long a shutdown waits for the step in progress.
 SHUTDOWN_LIMIT_S = 5.0
 

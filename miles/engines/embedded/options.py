@@ -10,6 +10,9 @@ import tyro
 
 from miles.errors import ConfigError
 
+#: Where the engine's token is looked for. Other users cannot read another process's environment.
+TOKEN_VARIABLE = "MILES_ENGINE_TOKEN"
+
 
 @dataclass(frozen=True)
 class EngineOptions:

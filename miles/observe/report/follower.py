@@ -9,16 +9,18 @@ use, its failure is one warning, and a SIGKILL of the driver ends in a complete 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from miles.observe import run_lock
+from miles.observe.vitals import KILL_LIMIT_S
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +36,20 @@ _LAST_WORDS_S = 45.0
 class ReportProcess:
     """The driver's side. Nothing here raises, and nothing waits but `close`."""
 
-    def __init__(self, run_dir: Path, *, note: Callable[[str], None]):
+    def __init__(self, run_dir: Path, *, note: Callable[[str], None], environment: Mapping[str, str] | None = None):
+        """`environment` is the process's; None is this one's."""
         self._run_dir, self._note, self._warned = run_dir, note, False
         command = [sys.executable, "-m", "miles.observe.report", "--follow", str(os.getpid()), str(run_dir)]
-        # Neither the guardian's mark, which would have it killed with the rest, nor the driver's terminal.
-        env = {key: value for key, value in os.environ.items() if key != "MILES_RUN_MARK"}
         self._process: subprocess.Popen[bytes] | None = None
         try:
             with open(run_dir / "logs" / "report.log", "ab") as log:
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is the driver's to handle
                 )
         except OSError as error:
             self._warn(str(error))
@@ -66,7 +72,8 @@ class ReportProcess:
                 self._warn(f"its process ended with status {process.returncode}, see logs/report.log")
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_LIMIT_S)
             self._warn(f"its process was not done after {CLOSE_S:.0f} s")
         except OSError as error:
             self._warn(str(error))

@@ -85,14 +85,18 @@ def deliver(
     again = first_step if first_step is not None and first_step <= state.delivered else None
     # What starts from nothing is another run than what was here before.
     sink = make(Target(run_dir, config, None if first_step == 0 else state.run_id, again))
-    after = state.delivered if sink.run_id == state.run_id else -1
-    if sink.run_id is None and again is not None:
-        after = again - 1
-    TrackerState(sink.run_id, after).write(run_dir, name)
+    if sink.run_id != state.run_id:
+        state = TrackerState(sink.run_id)
+    elif sink.run_id is None and again is not None:
+        state = TrackerState(None, again)
+    state.write(run_dir, name)
+    at, line = 0, 0
     for step, metrics in follow(run_dir / "metrics.jsonl", ending.event):
-        if step > after:
+        at, line = step, line + 1 if step == at else 1
+        if (step, line) > (state.step, state.lines):
             sink.log(step, metrics)
-            TrackerState(sink.run_id, step).write(run_dir, name)
+            state = TrackerState(sink.run_id, step, line)
+            state.write(run_dir, name)
     sink.close(ending.outcome)
 
 

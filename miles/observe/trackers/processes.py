@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from miles.observe.logs import tail
 from miles.observe.run_dir import RunDir
+from miles.observe.vitals import KILL_LIMIT_S
 
 from .state import TrackerState
 
@@ -82,7 +83,8 @@ class Trackers:
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(KILL_LIMIT_S)
                 why = "was killed"
             if why:
                 lines.append(self._complaint(name, why))

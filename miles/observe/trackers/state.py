@@ -16,15 +16,22 @@ class TrackerState:
     """`trackers/<name>.json` of a run directory."""
 
     run_id: str | None = None
-    delivered: int = -1
-    """The last step that the tracker took; -1 before the first."""
+    step: int = 0
+    """Of earlier steps the tracker took every line,"""
+    lines: int = 0
+    """of this one so many: metrics.jsonl has a second line for a step with a checkpoint."""
+
+    @property
+    def delivered(self) -> int:
+        """The last step of which the tracker took something; -1 before the first."""
+        return self.step if self.lines else self.step - 1
 
     @classmethod
     def read(cls, run_dir: Path, name: str) -> TrackerState:
         """The state, or that of a new run where there is none that can be read."""
         try:
             document = orjson.loads(_path(run_dir, name).read_bytes())
-            return cls(document["run_id"], int(document["delivered"]))
+            return cls(document["run_id"], int(document["step"]), int(document["lines"]))
         except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
             return cls()
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from miles.errors import HookError, ProcessDied, WaitTimeout
+from miles.observe.vitals import KILL_LIMIT_S
 
 from . import frames
 from .target import Target
@@ -112,9 +113,11 @@ class _Worker:
         """Kills the worker and waits until it is gone and its pipes are closed."""
         self.kill()
         self.stdin.close()
-        await self.process.wait()
-        if self.reader is not None:
-            await self.reader
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KILL_LIMIT_S):
+                await self.process.wait()
+                if self.reader is not None:
+                    await self.reader
 
 
 class RewardPool:

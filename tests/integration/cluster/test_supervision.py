@@ -14,7 +14,8 @@ def test_a_busy_actor_is_waited_for_and_a_stopped_or_frozen_one_is_an_error(tmp_
         from miles.observe import open_process_log
         @actor
         class Worker:
-            def __init__(self, name): open_process_log(Path({str(tmp_path)!r}), name)
+            def __init__(self, name): open_process_log(Path({str(tmp_path)!r}), name); self.broken = False
+            def break_the_beat(self): self.broken = True; time.sleep(60)
             def compute_with_the_lock_held(self):
                 sys.set_int_max_str_digits(0)
                 end = time.monotonic() + 5
@@ -23,7 +24,7 @@ def test_a_busy_actor_is_waited_for_and_a_stopped_or_frozen_one_is_an_error(tmp_
             def sleep_with_the_lock_held(self): ctypes.PyDLL(None).sleep(60)
             def nothing(self): return os.getpid()
             @control
-            def beat(self): return sign_of_life()
+            def beat(self): return 1 / 0 if self.broken else sign_of_life()
             @control
             def stacks(self): return all_stacks()
 
@@ -44,6 +45,8 @@ def test_a_busy_actor_is_waited_for_and_a_stopped_or_frozen_one_is_an_error(tmp_
         with ray_cluster(has_gpu=False):
             supervisor = Supervisor(3.0)
             busy, frozen, stopped, engine = make("busy"), make("frozen"), make("stopped"), make("engine", replaceable=True)
+            odd = make("odd")
+            print("ODD", outcome(odd, odd.handle.break_the_beat.remote(), "a nap"), "@@")
             print("BUSY", outcome(busy, busy.handle.compute_with_the_lock_held.remote(), "a computation"), "@@")
             print("FROZEN", outcome(frozen, frozen.handle.sleep_with_the_lock_held.remote(), "a sleep"), "@@")
             pid = ray.get(stopped.handle.nothing.remote())
@@ -64,8 +67,12 @@ def test_a_busy_actor_is_waited_for_and_a_stopped_or_frozen_one_is_an_error(tmp_
     text = out.stdout
     assert out.returncode == 0, text + out.stderr
     found = {
-        word: text.partition(word + " ")[2].partition("@@")[0] for word in ("BUSY", "FROZEN", "STOPPED", "LOST", "GCS")
+        word: text.partition(word + " ")[2].partition("@@")[0]
+        for word in ("ODD", "BUSY", "FROZEN", "STOPPED", "LOST", "GCS")
     }
+    assert (
+        "ProcessDied process odd, got ZeroDivisionError('division by zero') instead of a sign of life" in found["ODD"]
+    )
     assert found["BUSY"].strip() == "['computed']"
     assert "WaitTimeout process frozen (pid" in found["FROZEN"]
     assert "while the driver waited for a sleep (since" in found["FROZEN"]

@@ -57,7 +57,7 @@ def test_one_engine_lost_in_every_phase(task, tmp_path, untouched):
     done = run(task, tmp_path / "x", losses)
     same(done, untouched)
     assert sum(done.series("perf/engine_restarts")) == len(losses.split(",")), done.output
-    assert "ended (signal SIGKILL)" in done.output
+    assert "got its end (signal SIGKILL)" in done.output
     assert "it is stopped by a signal" in done.output
 
 

@@ -36,7 +36,7 @@ def evaluated(tmp_path: Path, *, start: int = 0, **flags: Any) -> list[int]:
         eval_config=str(tmp_path / "e.yaml"), eval_interval=5, num_rollout=11, rollout_batch_size=1, **flags
     )
     app.start, app.timers, app._engines = start, Timers(), _Anything()
-    app.engines, app.rollout_manager, app.tracker, app.display = ["engine"], _Manager(), _Anything(), _Anything()
+    app.rollout_manager, app.tracker, app.display = _Manager(), _Anything(), _Anything()
     app.state, app.trainers = _Anything(), _Anything()
     app._evaluate = app._choose_evaluation()
     for step in range(start, 12):

@@ -11,7 +11,7 @@ import pytest
 from miles.cluster.resume import find_run_before, look, run_before, tidy
 from miles.config import make_config
 from miles.errors import CheckpointError, UserError
-from miles.observe import RunState, StateFile
+from miles.observe import RunLock, RunState, StateFile
 from miles.trainers import checkpoints
 from tests.unit.trainers.test_checkpoints import name, write
 
@@ -109,11 +109,33 @@ def test_nothing_left_to_train_and_a_checkpoint_that_cannot_be_continued(tmp_pat
     assert look(config(tmp_path), num_rollout=9, has_prompts=False, before=None).start == 4
 
 
+@pytest.mark.parametrize("load", [None, "elsewhere"])
+def test_checkpoints_of_another_run_are_never_mixed_with_ones_own(tmp_path: Path, load: str | None) -> None:
+    save = write(tmp_path / "save", 3, 8)
+    load = str(write(tmp_path / load, 5)) if load else None
+    begins = f"--load is {load}" if load else "there is no --load"
+    with pytest.raises(CheckpointError) as refused:
+        look(config(save, load=load), num_rollout=9, has_prompts=True, before=None)
+    assert str(refused.value) == (
+        f"--save, got {save}: it holds checkpoints up to iteration 8, which this run does not continue ({begins}) and would "
+        f"mix with its own; add --load {save} to continue them, or name another directory"
+    )
+    # Going back within the series is no mixing, nor is a directory that holds nothing yet.
+    assert look(config(save, load=str(save / name(3))), num_rollout=9, has_prompts=True, before=None).start == 3
+    empty = str(tmp_path / "empty")
+    assert look(config(save, load=load, save=empty), num_rollout=9, has_prompts=True, before=None).start in (0, 5)
+
+
 def test_the_run_before_is_found_through_its_directory_or_its_checkpoints(tmp_path: Path) -> None:
-    assert run_before([tmp_path], locked=True) is None
+    assert run_before([tmp_path], locked=[tmp_path]) is None
     (tmp_path / "old").mkdir()
     StateFile(tmp_path / "old" / "state.json", num_rollout=9)
-    directory, found = run_before([tmp_path, tmp_path / "old"], locked=True) or (None, None)
+    directory, found = run_before([tmp_path, tmp_path / "old"]) or (None, None)
     assert (directory, found.outcome) == (tmp_path / "old", "killed")
+    other = RunLock.take(tmp_path / "old", tmp_path / "old", flag="--run-dir", note=print)
+    found = (run_before([tmp_path / "old"], locked=[tmp_path]) or (None, None))[1]
+    assert found.outcome == "running", "another run has its directory"
+    assert (run_before([tmp_path / "old"], locked=[tmp_path / "old"]) or (None, None))[1].outcome == "killed"
+    other.release()
     assert find_run_before(config(tmp_path, run_dir=str(tmp_path / "old")))[0] == tmp_path / "old"
     assert find_run_before(config(tmp_path)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import stat
 import sys
 import time
@@ -119,6 +120,35 @@ async def test_what_a_dead_engine_started_dies_when_its_end_is_noticed(launch):
             await asyncio.sleep(0.02)
     await group_ends(engine.pid)
     assert engine.terminate() == 5
+
+
+async def test_no_signal_goes_to_a_number_that_may_be_somebody_elses(launch, monkeypatch):
+    """Before its status is collected a dead engine is a zombie, and its number is its own; waitid shows which."""
+    signals: list[int] = []
+
+    def killpg(group: int, number: int) -> None:
+        os.waitid(os.P_PID, group, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # ChildProcessError once it is collected
+        signals.append(number)
+        real(group, number)
+
+    real = os.killpg
+    monkeypatch.setattr(os, "killpg", killpg)
+    dead = await launch(f"{READY}; sleep 0.1; exit 5")
+    await asyncio.sleep(0.3)
+    statuses = await asyncio.gather(
+        *(asyncio.to_thread(call) for call in [dead.poll, dead.epitaph, dead.terminate, dead.poll] * 8)
+    )
+    assert {status for status in statuses if isinstance(status, int)} == {5}
+    assert signals == [signal.SIGKILL]
+
+
+async def test_an_end_that_the_kernel_delays_is_not_waited_for_without_a_limit(launch, monkeypatch):
+    engine = await launch(f"{READY}; exec cat")
+    monkeypatch.setattr("miles.engines.launch.KILL_LIMIT_S", 0.2)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "waitid", lambda *_: None)  # what a process in uninterruptible sleep looks like
+        assert engine.terminate(grace_s=0.1) is None
+    assert engine.terminate() == -signal.SIGTERM
 
 
 async def test_stdin_stays_open_as_long_as_the_engine_is_wanted(launch):

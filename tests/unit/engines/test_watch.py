@@ -59,7 +59,7 @@ def test_a_stopped_server_is_trouble_and_one_that_goes_on_is_not(server):
         assert time.monotonic() < until
         time.sleep(0.05)
     server.terminate(grace_s=0.0)
-    assert "ended (signal SIGKILL)" in (watch.trouble() or "")
+    assert "got its end (signal SIGKILL)" in (watch.trouble() or "")
 
 
 def test_a_server_that_computes_and_cannot_answer_is_no_trouble(server):

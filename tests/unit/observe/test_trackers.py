@@ -257,6 +257,22 @@ def test_a_slow_tracker_gets_all_and_one_whose_driver_is_killed_ends_by_itself(t
     assert len(client.get_metric_history(found.info.run_id, "rollout/raw_reward")) == 4
 
 
+def test_a_step_of_which_half_was_delivered_gets_the_other_half(tmp_path):
+    """The worker ended between a step's line and the second one, that of its checkpoint."""
+    from mlflow import MlflowClient
+
+    run_dir = run_directory(tmp_path / "run", use_mlflow=True)
+    write(run_dir, 0, 2)
+    assert trackers(run_dir, "mlflow").close("failed") == []
+    MetricsFile(run_dir.metrics, first_step=9).log(1, {"perf/save_time": 1.5})
+    for _ in range(2):  # the second finds nothing to do
+        assert trackers(run_dir, "mlflow", first_step=2).close("ok") == []
+    client = MlflowClient(f"sqlite:///{run_dir.path}/mlflow.db")
+    run_id = TrackerState.read(run_dir.path, "mlflow").run_id
+    assert [m.value for m in client.get_metric_history(run_id, "perf/save_time")] == [1.5]
+    assert [m.step for m in client.get_metric_history(run_id, "rollout/raw_reward")] == [0, 1]
+
+
 def test_a_run_that_starts_from_nothing_is_a_new_one(tmp_path):
     run_dir = run_directory(tmp_path / "run", use_wandb=True, wandb_mode="disabled")
     ids = []

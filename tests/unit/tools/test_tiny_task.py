@@ -65,7 +65,7 @@ def tokenizer():
 
 
 @settings(max_examples=50)
-@given(text=st.text(alphabet=CHARACTERS))
+@given(text=st.text(alphabet=CHARACTERS).filter(lambda text: "<|" not in text))  # special tokens are one token each
 def test_text_survives_the_tokenizer(tokenizer, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) == len(text)
