@@ -58,7 +58,7 @@ STOPPED = r"\(pid \d+\), got no sign of life since [\d:]+ while the driver waite
             "miles.engines.embedded",
             "SIGKILL",
             {"max_engine_restarts": 0},
-            r"EngineError: engine-0, got its end after 0 restarts .*--max-engine-restarts 0 .* engine engine-0 ended \(signal SIGKILL\)",
+            r"EngineError: engine-0, got its end after 0 restarts .*--max-engine-restarts 0 .* engine engine-0, got its end \(signal SIGKILL\)",
         ),
         (
             "ray::RolloutManager",

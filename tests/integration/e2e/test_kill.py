@@ -1,4 +1,4 @@
-"""Whatever happens to the driver, nothing of ours stays behind."""
+"""Whatever happens to the driver, nothing of ours stays behind but the run directory, with a report that is complete."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import time
 import psutil
 import pytest
 
-from .harness import family, flags, start, wait_until
+from tests.unit.observe.report.test_report import data_of
+
+from .harness import Finished, family, flags, start, wait_until
 
 
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
-def test_no_process_port_or_segment_outlives_the_driver(task, tmp_path, sig):
+@pytest.mark.parametrize(("sig", "outcome"), [(signal.SIGKILL, "killed"), (signal.SIGTERM, "interrupted")])
+def test_no_process_port_or_segment_outlives_the_driver(task, tmp_path, sig, outcome):
     before = set(os.listdir("/dev/shm"))
     process = start(flags(task, num_rollout=500), tmp_path / "run")
     try:
@@ -42,6 +44,9 @@ def test_no_process_port_or_segment_outlives_the_driver(task, tmp_path, sig):
     assert set(os.listdir("/dev/shm")) <= before
     listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert not ports & listening
+    report = data_of((tmp_path / "run" / "report.html").read_bytes())["runs"][0]
+    assert report["state"]["outcome"] == outcome
+    assert report["curves"]["steps"] == [line["step"] for line in Finished(0, "", tmp_path / "run").metrics]
     if sig == signal.SIGTERM:
         assert process.returncode == 130
         assert "interrupted" in process.stdout.read()
