@@ -16,33 +16,16 @@ from miles.engines.launch import launch_embedded
 from miles.engines.pool import EnginePool
 from miles.rollout import Rollout
 from miles.types import Status
+from tests.integration.tiny_model import tiny_qwen3
 
 from .protocol_server import END, make_tokenizer, write_prompts
 
 
 @pytest.fixture
 async def engine(tmp_path: Path) -> AsyncIterator[tuple[EngineClient, str]]:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        eos_token_id=END,
-        bos_token_id=None,
-        pad_token_id=None,
-        tie_word_embeddings=True,
-    )
     directory = str(tmp_path / "model")
-    Qwen3ForCausalLM(config).save_pretrained(directory)
+    tiny_qwen3(len(tokenizer), seed=0, max_position_embeddings=64, eos_token_id=END).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     process = await launch_embedded(
         name="engine-0",

@@ -10,31 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from miles.engines.client import EngineClient
 from miles.engines.launch import EngineProcess, launch_embedded
+from tests.integration.tiny_model import tiny_qwen3
 
 TOKEN = secrets.token_hex(16)
 
 
 def make_model(seed: int) -> Qwen3ForCausalLM:
     """A tied Qwen3, random enough that greedy answers differ from one seed to the next."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.4,
-        eos_token_id=0,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    return tiny_qwen3(96, seed=seed, max_position_embeddings=512, initializer_range=0.4, eos_token_id=0)
 
 
 def hf_weights(model: Qwen3ForCausalLM) -> list[tuple[str, torch.Tensor]]:
