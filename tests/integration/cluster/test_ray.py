@@ -20,7 +20,7 @@ from miles.errors import *
 """
 
 
-def run(body: str, *, timeout: float = 100) -> subprocess.CompletedProcess:
+def run(body: str, *, timeout: float = 170) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(body)],

@@ -30,15 +30,19 @@ from .trainer_tools import (
 
 @pytest.mark.parametrize(("kind", "tied"), [("qwen3", True), ("qwen3", False), ("qwen2", True), ("llama", False)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_equal_hf(tmp_path: Path, kind: str, tied: bool, temperature: float) -> None:
+def test_log_probs_equal_hf(tmp_path: Path, kind: str, tied: bool, temperature: float, monkeypatch) -> None:
     hf = make_hf(kind, tied=tied)
     hf.save_pretrained(tmp_path / "hf")
     batch = make_batch(temperature=temperature, micro_batches=3)
     with torch.no_grad():
         expected = hf_log_probs(hf, batch)
+    live: list[int] = []
+    softmax = torch.log_softmax
+    monkeypatch.setattr(torch, "log_softmax", lambda x, dim: live.append(x.shape[0]) or softmax(x, dim))  # type: ignore[func-returns-value]
     with trainer_for(config_for(tmp_path / "hf", log_probs_chunk_size=7), tmp_path) as trainer:
         for ours, theirs in zip(trainer.log_probs(batch), expected, strict=True):
             np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
+    assert max(live) == 7
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -55,6 +55,15 @@ def test_the_columns_are_those_of_the_flags(model, tmp_path, flags: dict[str, An
         assert (prompt.prompt, prompt.label, prompt.metadata) == expected
 
 
+def test_longer_prompts_are_left_out(model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "1+1="}\n{"input": "10+10="}\n')
+    flags = {"hf_checkpoint": str(model), "prompt_data": str(rows), "rm_type": "random", "rollout_batch_size": 1}
+    prompts = _load_prompts(make_config(**flags, rollout_max_prompt_len=5))
+    assert prompts is not None
+    assert ([prompt.prompt for prompt in prompts.prompts], prompts.skipped) == (["1+1="], 1)
+
+
 def test_the_length_limit_is_blamed_only_where_it_dropped_something():
     assert _no_prompts("p.jsonl", 3, 8) == (
         "--prompt-data, got p.jsonl: all 3 prompts are longer than 8 tokens; raise --rollout-max-prompt-len"

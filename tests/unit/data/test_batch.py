@@ -112,6 +112,13 @@ PLANS = {
 }
 
 
+@pytest.mark.parametrize(("balance", "tokens"), [(False, [40, 20]), (True, [30, 30])])
+def test_balance_data_evens_out_the_tokens_of_ranks(balance: bool, tokens: list[int]):
+    groups = [[make_sample(0, i, float(i % 2), prompt=n - 4, response=4) for i, n in enumerate((20, 20, 10, 10))]]
+    built = build(groups, make_config(4, balance_data=balance), dp_size=2)
+    assert [int(batch.rows["total_lengths"].sum()) for batch in built.batches] == tokens
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 30])
 @pytest.mark.parametrize("aggregation", ["seq_mean", "token_mean", "constant"])
