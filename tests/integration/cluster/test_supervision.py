@@ -22,6 +22,7 @@ def test_a_busy_actor_is_waited_for_and_a_stopped_or_frozen_one_is_an_error(tmp_
                 while time.monotonic() < end: str(7 ** 200_000)
                 return "computed"
             def sleep_with_the_lock_held(self): ctypes.PyDLL(None).sleep(60)
+            def nap(self): time.sleep(60)
             def nothing(self): return os.getpid()
             @control
             def beat(self): return 1 / 0 if self.broken else sign_of_life()
@@ -60,7 +61,7 @@ def test_a_busy_actor_is_waited_for_and_a_stopped_or_frozen_one_is_an_error(tmp_
             supervisor.forget(stopped), supervisor.forget(engine)
             last = make("last")
             os.kill(ray_servers()["gcs_server"], signal.SIGSTOP)
-            print("GCS", outcome(last, last.handle.sleep_with_the_lock_held.remote(), "anything"), "@@")
+            print("GCS", outcome(last, last.handle.nap.remote(), "anything"), "@@")
         print("left in order")
         """
     )
