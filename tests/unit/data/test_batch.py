@@ -347,6 +347,16 @@ def test_remax_takes_the_greedy_reward_of_the_metadata():
         build([[make_sample(0, 0, 1.0)]], make_config(grpo={"advantage_estimator": "remax"}))
 
 
+@pytest.mark.parametrize(
+    ("k", "success", "failure"), [(1, math.sqrt(2), -math.sqrt(0.5)), (2, math.sqrt(0.5), -math.sqrt(0.125))]
+)
+def test_pass_at_k_takes_its_k_from_the_flag(k, success, failure):
+    """One success in three: of the pairs two thirds pass, so that a success has less to teach."""
+    groups = [[make_sample(0, i, r) for i, r in enumerate((1.0, 0.0, 0.0))]]
+    rows = union(build(groups, make_config(grpo={"advantage_estimator": "pass_at_k", "pass_at_k": k})))
+    assert [r["rewards"] for r in rows] == pytest.approx([success, failure, failure], rel=1e-5)
+
+
 def test_an_estimator_says_what_it_is_not_defined_for():
     with pytest.raises(DataError, match="--advantage-estimator maxrl: reward of trajectory 1, got -1"):
         build([[make_sample(0, 0, 1.0), make_sample(0, 1, -1.0)]], make_config(grpo={"advantage_estimator": "maxrl"}))
