@@ -23,7 +23,7 @@ LOSSES: dict[str, PolicyLossSpec] = {
     "two_sided": PolicyLossSpec(policy_loss="two_sided", eps_clip_high=0.28, two_sided_delta=1.35),
     "gspo": PolicyLossSpec(policy_loss="gspo", eps_clip=0.03, eps_clip_high=0.04),
     "cispo": PolicyLossSpec(policy_loss="cispo", eps_clip=0.1, eps_clip_high=0.2),
-    "sapo": PolicyLossSpec(policy_loss="sapo", sapo_tau_pos=1.0, sapo_tau_neg=1.4),
+    "sapo": PolicyLossSpec(policy_loss="sapo", sapo_tau_pos=0.8, sapo_tau_neg=1.4),
     "dppo tv": PolicyLossSpec(policy_loss="dppo", dppo_threshold=0.03),
     "dppo kl": PolicyLossSpec(policy_loss="dppo", dppo_divergence="kl", dppo_threshold=0.01),
 }

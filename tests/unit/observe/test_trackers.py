@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 from miles.config import make_config, public_dict
 from miles.observe import MetricsFile, RunDir, Trackers
 from miles.observe.trackers import check, enabled
+from miles.observe.trackers.__main__ import Ending, deliver
+from miles.observe.trackers.backends import Target
 from miles.observe.trackers.state import TrackerState
 
 LINES = [{"rollout/raw_reward": step / 4, "eval/a/pass@2": 0.5, "train/odd": math.inf} for step in range(4)]
@@ -27,6 +30,22 @@ def run_directory(path: Path, **tracking: Any) -> RunDir:
     run_dir = RunDir(path).create()
     config = make_config(rollout_batch_size=3, n_samples_per_prompt=2, num_steps_per_rollout=3, lr=2e-5, **tracking)
     run_dir.write_config({"config": public_dict(config)})
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def empty_mlflow(tmp_path_factory) -> Path:
+    """A database with MLflow's tables: making them takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+def mlflow_directory(path: Path, empty_mlflow: Path, **tracking: Any) -> RunDir:
+    run_dir = run_directory(path, use_mlflow=True, **tracking)
+    shutil.copy(empty_mlflow, run_dir.path)
     return run_dir
 
 
@@ -169,10 +188,10 @@ def test_tensorboard_shows_the_newest_values_of_steps_that_were_done_again(tmp_p
     assert b'"lr": 0.00002' in events.Tensors("config")[-1].tensor_proto.string_val[0].replace(b"2e-5", b"0.00002")
 
 
-def test_mlflow_holds_every_step_once_and_the_configuration(tmp_path):
+def test_mlflow_holds_every_step_once_and_the_configuration(tmp_path, empty_mlflow):
     from mlflow import MlflowClient
 
-    run_dir = run_directory(tmp_path / "run", use_mlflow=True, mlflow_experiment_name="x", mlflow_run_name="r")
+    run_dir = mlflow_directory(tmp_path / "run", empty_mlflow, mlflow_experiment_name="x", mlflow_run_name="r")
     interrupted_and_continued(run_dir, "mlflow")
     client = MlflowClient(f"sqlite:///{run_dir.path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("x").experiment_id])
@@ -185,9 +204,10 @@ def test_mlflow_holds_every_step_once_and_the_configuration(tmp_path):
     assert run.data.params["optimizer.lr"] == "2e-05"
 
 
-def test_mlflow_continues_the_run_that_is_named(tmp_path):
+def test_mlflow_continues_the_run_that_is_named(tmp_path, empty_mlflow):
     from mlflow import MlflowClient
 
+    shutil.copy(empty_mlflow, tmp_path / "kept.db")
     client = MlflowClient(f"sqlite:///{tmp_path}/kept.db")
     mine = client.create_run(client.create_experiment("elsewhere")).info.run_id
     run_dir = run_directory(
@@ -240,10 +260,10 @@ def test_a_tracker_that_fails_is_named_once_and_can_be_delivered_to_by_hand(tmp_
     assert [e.step for e in events.Scalars("rollout/raw_reward")] == [0, 1, 2, 3]
 
 
-def test_a_slow_tracker_gets_all_and_one_whose_driver_is_killed_ends_by_itself(tmp_path):
+def test_a_slow_tracker_gets_all_and_one_whose_driver_is_killed_ends_by_itself(tmp_path, empty_mlflow):
     from mlflow import MlflowClient
 
-    run_dir = run_directory(tmp_path / "run", use_mlflow=True)
+    run_dir = mlflow_directory(tmp_path / "run", empty_mlflow)
     slow = "import time, mlflow; f = mlflow.MlflowClient.log_batch\ndef g(*a, **k): time.sleep(0.3); f(*a, **k)\nmlflow.MlflowClient.log_batch = g"
     run = trackers(run_dir, "mlflow", code=slow)
     write(run_dir, 0, 4)
@@ -259,18 +279,29 @@ def test_a_slow_tracker_gets_all_and_one_whose_driver_is_killed_ends_by_itself(t
 
 def test_a_step_of_which_half_was_delivered_gets_the_other_half(tmp_path):
     """The worker ended between a step's line and the second one, that of its checkpoint."""
-    from mlflow import MlflowClient
+    run_dir = run_directory(tmp_path / "run")
+    taken: list[tuple[int, list[str]]] = []
 
-    run_dir = run_directory(tmp_path / "run", use_mlflow=True)
+    class Sink:
+        """Appends, as W&B and MLflow do."""
+
+        run_id = "r"
+
+        def __init__(self, target: Target):
+            pass
+
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            taken.append((step, sorted(metrics)))
+
+        def close(self, outcome: str) -> None:
+            pass
+
     write(run_dir, 0, 2)
-    assert trackers(run_dir, "mlflow").close("failed") == []
+    deliver("mlflow", run_dir.path, 0, Ending(None), Sink)
     MetricsFile(run_dir.metrics, first_step=9).log(1, {"perf/save_time": 1.5})
-    for _ in range(2):  # the second finds nothing to do
-        assert trackers(run_dir, "mlflow", first_step=2).close("ok") == []
-    client = MlflowClient(f"sqlite:///{run_dir.path}/mlflow.db")
-    run_id = TrackerState.read(run_dir.path, "mlflow").run_id
-    assert [m.value for m in client.get_metric_history(run_id, "perf/save_time")] == [1.5]
-    assert [m.step for m in client.get_metric_history(run_id, "rollout/raw_reward")] == [0, 1]
+    for first_step in (2, 1, None):  # steps that are done again, and delivery by hand, find nothing to do
+        deliver("mlflow", run_dir.path, first_step, Ending(None), Sink)
+        assert taken == [(0, sorted(LINES[0])), (1, sorted(LINES[1])), (1, ["perf/save_time"])]
 
 
 def test_a_run_that_starts_from_nothing_is_a_new_one(tmp_path):
