@@ -192,7 +192,9 @@ def free_port() -> int:
 
 def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, limit_s: float = 120) -> list[Any]:
     """`body(rank, world_size, port, *args)` in a fresh process per rank; their results in rank order."""
-    context = multiprocessing.get_context("spawn")
+    # A server imports torch and megatron once, and forks every rank.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "miles.trainers.megatron"])
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
