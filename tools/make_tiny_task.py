@@ -1,6 +1,7 @@
 """Makes the tiny base model and the addition task, or scores a checkpoint on the task's held-out problems.
 
     python tools/make_tiny_task.py DIR                     make DIR/model, DIR/train.jsonl, DIR/test.jsonl, unless there
+    python tools/make_tiny_task.py DIR --preferences       and DIR/pairs.jsonl, DIR/judged.jsonl, with held-out ones beside
     python tools/make_tiny_task.py DIR --evaluate          score DIR/model
     python tools/make_tiny_task.py DIR --evaluate MODEL    score another Hugging Face checkpoint, such as a trained one
 
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 from tiny_task.making import Recipe, is_made, make
+from tiny_task.preferences import write_preferences
 
 
 def main() -> None:
@@ -24,6 +26,7 @@ def main() -> None:
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="where model and prompts are kept")
     parser.add_argument("--seed", type=int, default=0, help="seed of the base model (default: 0)")
+    parser.add_argument("--preferences", action="store_true", help="also write pairs of answers and judged answers")
     parser.add_argument("--steps", type=int, help="supervised steps; fewer than the recipe's make a worse model")
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads (default: 1; on a shared machine two often take longer)"
@@ -44,6 +47,8 @@ def main() -> None:
     try:
         if args.evaluate is False:
             _make(args.directory, recipe, args.threads)
+            if args.preferences:
+                write_preferences(args.directory)
         else:
             _evaluate(args.directory, None if args.evaluate is True else Path(args.evaluate), args.threads)
     except (FileExistsError, FileNotFoundError) as error:

@@ -7,6 +7,8 @@ Legend: `B` rows, `L` log(policy / reference) of a response, `z` the baseline.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from miles.interfaces import Reduce
@@ -15,7 +17,7 @@ from miles.types import LossInputs, LossOutputs
 from .metrics import OWN_WEIGHT
 from .preference_spec import PreferenceSpec
 from .reductions import identity, masked, masked_mean
-from .sequences import mean_metric, rows_of, weight_metric, weighted_sum
+from .sequences import Rows, mean_metric, rows_of, weight_metric, weighted_sum
 from .terms import required
 
 
@@ -28,6 +30,19 @@ def kto_baseline(log_ratios: torch.Tensor, counted: torch.Tensor, reduce: Reduce
     return masked_mean(log_ratios.detach(), counted, reduce).clamp(min=0)
 
 
+def kto_rows(inputs: LossInputs, spec: PreferenceSpec) -> Rows:
+    """What the loss and its baseline compare of each row: sums over its tokens, or means with `average_log_prob`."""
+    return _compared(rows_of(inputs, with_reference=not spec.reference_free), spec)
+
+
+def _compared(rows: Rows, spec: PreferenceSpec) -> Rows:
+    if not spec.average_log_prob:
+        return rows
+    return dataclasses.replace(
+        rows, log_probs=rows.log_probs / rows.tokens, ref_log_probs=rows.ref_log_probs / rows.tokens
+    )
+
+
 def kto(inputs: LossInputs, spec: PreferenceSpec) -> LossOutputs:
     """`sum_b w_b * lambda * (1 - sig(beta (L - z)))` where desirable, `(1 - sig(beta (z - L)))` where not.
 
@@ -37,10 +52,8 @@ def kto(inputs: LossInputs, spec: PreferenceSpec) -> LossOutputs:
     desirable = required(inputs.desirable, "desirable", "kto")
     baseline = required(inputs.kl_baseline, "kl_baseline", "kto").detach()
     rows = rows_of(inputs, with_reference=not spec.reference_free)
-    policy, reference = rows.log_probs, rows.ref_log_probs
-    if spec.average_log_prob:
-        policy, reference = policy / rows.tokens, reference / rows.tokens
-    ratio = policy - reference
+    compared = _compared(rows, spec)
+    ratio = compared.log_probs - compared.ref_log_probs
     gain = torch.where(desirable, ratio - baseline, baseline - ratio)
     scale = torch.where(desirable, spec.desirable_weight, spec.undesirable_weight)
     values = scale * (1 - (spec.beta * gain).sigmoid())

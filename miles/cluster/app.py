@@ -344,4 +344,4 @@ class App:
 
 def _is_headline(key: str) -> bool:
     """Of an evaluation: its score, or what the trainers say of it."""
-    return key.count("/") == 1 or key.rpartition("/")[2] in ("loss", "token_accuracy", "accuracy")
+    return key.count("/") == 1 or key.rpartition("/")[2] in ("loss", "token_accuracy", "reward_accuracy")

@@ -23,7 +23,7 @@ from miles.data import (
     PromptData,
     RolloutDataSource,
     TrainBatches,
-    build_train_batches,
+    build_batches,
     load_rollout_samples,
     load_tokenizer,
     save_rollout_samples,
@@ -148,7 +148,7 @@ class RolloutManagerActor:
         started = time.perf_counter()
         output = await self._make(rollout_id)
         generated = time.perf_counter()
-        built = build_train_batches(
+        built = build_batches(
             output.groups,
             config=self.config,
             rollout_id=rollout_id,
@@ -184,7 +184,7 @@ class RolloutManagerActor:
         """Rows of each evaluation data set, one shard for each data-parallel rank: they are the same at every step."""
         found = {}
         for dataset, groups in load_eval_rows(self.config, self.tokenizer):
-            built = build_train_batches(
+            built = build_batches(
                 groups,
                 config=self.config,
                 rollout_id=0,

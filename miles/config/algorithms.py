@@ -41,3 +41,18 @@ LOSS_FLAGS = {
 
 #: Policy losses without a clip.
 WITHOUT_CLIP = ("sapo", "dppo")
+
+#: Names of --dpo-loss-type.
+PAIR_LOSSES = (
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "aot_pair", "apo_zero", "apo_down", "discopop", "sft"),
+)
+
+#: Those that --label-smoothing changes.
+SMOOTHED_PAIR_LOSSES = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "aot_pair")
+
+#: Those that look at log-probs alone, and not at the scores that --f-divergence makes of them.
+WITHOUT_DIVERGENCE = ("aot", "sft")
+
+#: Those that divide by the number of tokens themselves.
+AVERAGED_PAIR_LOSSES = ("sigmoid_norm", "ipo", "sft")

@@ -248,8 +248,8 @@ class PerfArgs:
 class GrpoArgs:
     """GRPO: Advantages, losses and corrections."""
 
-    loss_type: Literal["policy_loss", "sft_loss"] = "policy_loss"
-    """What is trained: policy_loss (answers of the engines, by their rewards), sft_loss (conversations of --prompt-data, as they are)."""
+    loss_type: Literal["policy_loss", "sft_loss", "dpo", "kto", "orpo", "simpo", "cpo"] = "policy_loss"
+    """What is trained: policy_loss (answers of the engines, by their rewards), sft_loss (conversations of --prompt-data, as they are), dpo, orpo, simpo, cpo (pairs of answers), kto (answers judged good or bad)."""
     advantage_estimator: str = "grpo"
     """Advantage estimator: grpo, gspo (with --policy-loss gspo), rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, ppo (GAE with a critic), gdpo, maxrl, remax, opo, pass_at_k, or one that a --plugin registers; see docs/algorithms.md."""
     policy_loss: str | None = None
@@ -338,6 +338,42 @@ class SftArgs:
     """Column that names a row's channel, by which the loss is reported; used where present."""
     overlong_rows: Literal["refuse", "drop", "truncate"] = "refuse"
     """Rows longer than --seq-length: an error, left out, or cut at the end."""
+
+
+@dataclass(frozen=True)
+class PreferenceArgs:
+    """PREFERENCE: Pairs of answers (columns chosen and rejected), or judged ones (completion and label)."""
+
+    dpo_loss_type: tuple[str, ...] = ("sigmoid",)
+    """Losses of pairs, of --loss-type dpo, summed: sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, or one that a --plugin registers; see docs/algorithms.md."""
+    dpo_loss_weights: tuple[float, ...] | None = None
+    """Weight of each of them; defaults to 1."""
+    beta: float = 0.1
+    """Scale of the log-ratios (orpo: weight of the odds ratio): the larger, the closer to the reference."""
+    label_smoothing: float = 0.0
+    """Share of the pairs taken for mislabelled: sigmoid, sigmoid_norm, aot, robust, exo_pair, simpo, cpo."""
+    reference_free: bool = False
+    """No reference: its log-probs count as 0."""
+    average_log_prob: bool = False
+    """Means over the tokens of an answer in the place of sums."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Divergence from the reference that dpo is regularised by."""
+    f_alpha_divergence_coef: float = 0.5
+    """alpha of alpha_divergence; 0 is reverse_kl, 1 forward_kl."""
+    rpo_alpha: float = 0.0
+    """Weight of the chosen answer's negative log-likelihood beside dpo (RPO)."""
+    ld_alpha: float = 1.0
+    """Weight of the tokens by which an answer is longer than its partner (LD-DPO); 1 is plain dpo."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's blend."""
+    simpo_gamma: float = 0.5
+    """Margin that simpo asks for."""
+    cpo_alpha: float = 1.0
+    """Weight of the chosen answer's negative log-likelihood in cpo."""
+    desirable_weight: float = 1.0
+    """kto: weight of answers judged good."""
+    undesirable_weight: float = 1.0
+    """kto: weight of answers judged bad."""
 
 
 @dataclass(frozen=True)
@@ -519,6 +555,7 @@ class Config:
     perf: PerfArgs = field(default_factory=PerfArgs)
     grpo: GrpoArgs = field(default_factory=GrpoArgs)
     sft: SftArgs = field(default_factory=SftArgs)
+    preference: PreferenceArgs = field(default_factory=PreferenceArgs)
     optimizer: OptimizerArgs = field(default_factory=OptimizerArgs)
     sglang: SglangArgs = field(default_factory=SglangArgs)
     cluster: ClusterArgs = field(default_factory=ClusterArgs)

@@ -19,19 +19,24 @@ from .rule import Facts, Rule, needs
 class Job:
     """One --loss-type."""
 
-    rows: Literal["prompts", "conversations"]
-    """What a row of --prompt-data is: a prompt that engines answer, or a conversation that is there already."""
+    rows: Literal["prompts", "conversations", "pairs", "judged"]
+    """What a row of --prompt-data is: a prompt that engines answer, a conversation that is there already, two answers of which
+    one is preferred, or an answer with a judgement."""
     engines: bool = False
     """Engines are started and get the weights."""
     rewards: bool = False
     """What is trained on is scored; the scores become advantages."""
     loss_aggregation: str = "seq_mean"
     """Default of --loss-aggregation."""
+    preference: Literal["pairs", "judged"] | None = None
+    """What is compared: two answers to a prompt, or answers that are good or bad by themselves."""
 
 
 JOBS: dict[str, Job] = {
     "policy_loss": Job("prompts", engines=True, rewards=True),
     "sft_loss": Job("conversations", loss_aggregation="token_mean"),
+    **dict.fromkeys(("dpo", "orpo", "simpo", "cpo"), Job("pairs", preference="pairs")),
+    "kto": Job("judged", preference="judged"),
 }
 
 
@@ -77,7 +82,17 @@ POLICY_FLAGS = tuple(field.name for field in dataclasses.fields(GrpoArgs) if fie
 
 #: Flag -> the loss types that read it, for flags that not every job reads and that are in none of the lists above.
 READ_BY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("sft_token_loss", "loss_scale", "channel_key", "overlong_rows"), ("sft_loss",)),
+    **dict.fromkeys(("sft_token_loss", "loss_scale", "channel_key"), ("sft_loss",)),
+    "overlong_rows": ("sft_loss", "dpo", "kto", "orpo", "simpo", "cpo"),
+    **dict.fromkeys(("dpo_loss_type", "dpo_loss_weights", "f_divergence", "f_alpha_divergence_coef"), ("dpo",)),
+    **dict.fromkeys(("rpo_alpha", "ld_alpha", "discopop_tau"), ("dpo",)),
+    "beta": ("dpo", "kto", "orpo", "simpo", "cpo"),
+    "label_smoothing": ("dpo", "simpo", "cpo"),
+    "reference_free": ("dpo", "kto"),
+    "average_log_prob": ("dpo", "kto", "cpo"),
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("cpo",),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto",)),
 }
 
 

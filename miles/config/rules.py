@@ -19,6 +19,7 @@ from .eval_datasets import eval_datasets
 from .fields import fields, flatten, show
 from .groups import Config
 from .jobs import JOB_RULES, job_of
+from .preference_rules import PREFERENCE_RANGES, PREFERENCE_RULES
 from .problem import Problem
 from .reward_rules import REWARD_RANGES, REWARD_RULES
 from .rule import Facts, Range, Rule, needs
@@ -85,6 +86,7 @@ RANGES: dict[str, Range] = {
     **ALGORITHM_RANGES,
     **CRITIC_RANGES,
     **REWARD_RANGES,
+    **PREFERENCE_RANGES,
 }
 
 
@@ -617,6 +619,7 @@ RULES: tuple[Rule, ...] = (
     *CRITIC_RULES,
     *REWARD_RULES,
     *JOB_RULES,
+    *PREFERENCE_RULES,
 )
 
 LAUNCH_RULES: tuple[Rule, ...] = (

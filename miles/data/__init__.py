@@ -8,6 +8,8 @@ from .check import check
 from .conversations import ConversationFormat, load_conversations
 from .debug import load_rollout_samples, save_rollout_samples
 from .plan import Plan, plan_batch
+from .preference_batch import build_batches, build_preference_batches
+from .preferences import load_judged, load_pairs
 from .prompts import Prompt, PromptData, load_prompts
 from .row import TrainRow, check_sample
 from .source import RolloutDataSource
@@ -21,10 +23,14 @@ __all__ = [
     "RolloutDataSource",
     "TrainBatches",
     "TrainRow",
+    "build_batches",
+    "build_preference_batches",
     "build_train_batches",
     "check",
     "check_sample",
     "load_conversations",
+    "load_judged",
+    "load_pairs",
     "load_prompts",
     "load_rollout_samples",
     "load_tokenizer",

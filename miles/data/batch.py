@@ -39,7 +39,7 @@ class TrainBatches:
     batches: list[TrainBatch]
     """One for each data-parallel rank."""
     metrics: dict[str, float]
-    """`rollout/...`, see `_metrics`."""
+    """`rollout/...`, see `rollout_metrics`."""
     advantages: list[float | None]
     """Of each sample of the rollout, in order; None where it is out of the loss."""
 
@@ -87,7 +87,7 @@ def build_train_batches(
     Raises DataError for a sample that breaks its contract or a number of trajectories that `global_batch_size` does not
     divide, HookError for what the hook returned.
     """
-    trajectories = _trajectories(groups)
+    trajectories = trajectories_of(groups)
     step_size = max(len(trajectories), 1) if as_one_step else _step_size(len(trajectories), config)
     num_steps = len(trajectories) // step_size
     scored = [t for t in trajectories if not t.failed]
@@ -128,18 +128,18 @@ def build_train_batches(
     if channels:
         columns["channel"] = _channels([s for group in groups for s in group], position, channels)
     with_log_probs = _has_rollout_log_probs(kept, config.grpo)
-    plan = _plan(kept.total_lengths[sent], step_of_row[sent], num_steps, dp_size, config)
+    plan = plan_rows(kept.total_lengths[sent], step_of_row[sent], num_steps, dp_size, config)
     batches = [
-        _slice(kept, columns, np.flatnonzero(sent), plan, rank, totals, rollout_id, with_log_probs)
+        share_of_rank(kept, columns, np.flatnonzero(sent), plan, rank, totals, rollout_id, with_log_probs)
         for rank in range(dp_size)
     ]
     for batch in batches:
         batch.metadata["channels"] = tuple(channels)
     has_rewards = job_of(config).rewards
-    return TrainBatches(batches, _metrics(trajectories, raw, totals, has_rewards) | reward_metrics, advantage_of)
+    return TrainBatches(batches, rollout_metrics(trajectories, raw, totals, has_rewards) | reward_metrics, advantage_of)
 
 
-def _trajectories(groups: list[SampleGroup]) -> list[Trajectory]:
+def trajectories_of(groups: list[SampleGroup]) -> list[Trajectory]:
     """Trajectories in order of their first rows. DataError where one is found in two groups."""
     found: dict[int, Trajectory] = {}
     position = 0
@@ -205,12 +205,12 @@ def advantage_spec(config: Config) -> AdvantageSpec:
 def _outcomes(scored: list[Trajectory], config: Config) -> Outcomes:
     """Rewards and lengths of the trajectories, as estimators take them. DataError where one is missing or not finite."""
     last = [t.rows[-1] for t in scored]
-    rewards = [_reward(sample, sample.reward, config) for sample in last]
+    rewards = [reward_of(sample, sample.reward, config) for sample in last]
     weights = config.rollout.reward_weights
     parts = {name: np.array([_part(s, name) for s in last], dtype=np.float64) for name in weights}
     greedy = None
     if config.grpo.advantage_estimator == "remax":
-        greedy = np.array([_reward(s, s.metadata.get(GREEDY_REWARD), config) for s in last], dtype=np.float64)
+        greedy = np.array([reward_of(s, s.metadata.get(GREEDY_REWARD), config) for s in last], dtype=np.float64)
     return Outcomes(
         rewards=np.array(rewards, dtype=np.float64),
         group=np.array([t.group for t in scored], dtype=np.int64),
@@ -243,7 +243,7 @@ def _trained_tokens(row: Sample) -> int:
     return len(mask) - mask.count(0) if type(mask) is list else sum(map(bool, mask))
 
 
-def _reward(sample: Sample, value: Any, config: Config) -> float:
+def reward_of(sample: Sample, value: Any, config: Config) -> float:
     """The number that `value`, a reward of the sample's prompt, stands for.
 
     A trajectory has the reward of its last row, which has seen the whole conversation; its rows all train with it.
@@ -355,7 +355,16 @@ def _needs_rollout_log_probs(grpo: GrpoArgs) -> str | None:
     return "--use-rollout-logprobs" if grpo.use_rollout_logprobs else None
 
 
-def _plan(lengths: np.ndarray, step_of_row: np.ndarray, num_steps: int, dp_size: int, config: Config) -> Plan:
+def plan_rows(
+    lengths: np.ndarray,
+    step_of_row: np.ndarray,
+    num_steps: int,
+    dp_size: int,
+    config: Config,
+    *,
+    unit_of_row: np.ndarray | None = None,
+) -> Plan:
+    """`plan_batch` as the flags say."""
     max_tokens = None
     if config.perf.use_dynamic_batch_size:
         max_tokens = config.perf.max_tokens_per_gpu
@@ -367,6 +376,7 @@ def _plan(lengths: np.ndarray, step_of_row: np.ndarray, num_steps: int, dp_size:
         lengths,
         step_of_row,
         dp_size,
+        unit_of_row=unit_of_row,
         micro_batch_size=config.rollout.micro_batch_size if max_tokens is None else None,
         max_tokens=max_tokens,
         balance=config.rollout.balance_data,
@@ -374,7 +384,7 @@ def _plan(lengths: np.ndarray, step_of_row: np.ndarray, num_steps: int, dp_size:
     )
 
 
-def _slice(
+def share_of_rank(
     rows: TrainRows,
     columns: dict[str, np.ndarray],
     sent: np.ndarray,
@@ -418,7 +428,7 @@ def _reward_interval(rewards: np.ndarray, groups: np.ndarray) -> dict[str, float
     return {"rollout/raw_reward/ci_low": mean - half, "rollout/raw_reward/ci_high": mean + half}
 
 
-def _metrics(
+def rollout_metrics(
     trajectories: list[Trajectory], raw: np.ndarray, totals: tuple[StepTotals, ...], has_rewards: bool
 ) -> dict[str, float]:
     """Metrics of the rollout. raw: [rows of trajectories that did not fail] reward. Rewards, lengths and truncation speak of trajectories that did not fail.

@@ -14,6 +14,7 @@ each trained message becomes a row of its own, after the history as a model woul
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,13 +71,13 @@ def load_conversations(path: str, form: ConversationFormat) -> PromptData:
     cannot be trained on.
     """
     file = split_slice(path)[0]
-    reader = _Reader(form)
+    reader = AnswerReader(form)
     kept: list[Prompt] = []
     skipped = 0
     digest = xxhash.xxh3_128()
     for row in read_rows(path):
         where = f"{file}:{row.line}"
-        answers = tuple(_fit(reader.answers(row, where), form, where))
+        answers = tuple(fitting(reader.answers(row, where), form, where))
         if not answers:
             skipped += 1
             continue
@@ -90,7 +91,7 @@ def load_conversations(path: str, form: ConversationFormat) -> PromptData:
     return PromptData(path, tuple(kept), skipped, digest.hexdigest())
 
 
-def _fit(answers: Sequence[Answer], form: ConversationFormat, where: str) -> Iterator[Answer]:
+def fitting(answers: Sequence[Answer], form: ConversationFormat, where: str) -> Iterator[Answer]:
     """The answers within the limit, by the policy for longer ones. An answer without a trained token left is dropped."""
     for answer in answers:
         length, limit = len(answer.tokens), form.max_tokens
@@ -105,7 +106,9 @@ def _fit(answers: Sequence[Answer], form: ConversationFormat, where: str) -> Ite
             rest = len(answer.loss_mask) - (length - limit)
             if rest > 0 and answer.loss_mask[:rest].any():
                 scale = None if answer.loss_scale is None else answer.loss_scale[:rest]
-                yield Answer(answer.tokens[:limit], answer.loss_mask[:rest], scale, answer.text)
+                yield dataclasses.replace(
+                    answer, tokens=answer.tokens[:limit], loss_mask=answer.loss_mask[:rest], loss_scale=scale
+                )
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class _Piece:
     """0 is not trained on."""
 
 
-class _Reader:
+class AnswerReader:
     """Rows to answers, by one format."""
 
     def __init__(self, form: ConversationFormat):
@@ -161,6 +164,19 @@ class _Reader:
                 return [self._by_generation_blocks(messages, scales, tools, where)]
             runs = self._pieces(messages, scales, tools, where)
         return [self._answer(pieces, where) for pieces in runs]
+
+    def answers_without_prompt(self, texts: Sequence[str], where: str) -> list[Answer]:
+        """Plain texts that begin alike, as answers to that beginning. DataError where they do not."""
+        end = self._tokenizer.eos_token
+        ids = [self._encode(text + (end if isinstance(end, str) else "")) for text in texts]
+        shared = 0
+        while all(shared < len(own) - 1 for own in ids) and len({own[shared] for own in ids}) == 1:
+            shared += 1
+        if not shared:
+            raise DataError(
+                f"{where}, got answers without a prompt that begin differently: nothing asked for them; add the column prompt"
+            )
+        return [self._of_tokens(own, [0.0] * shared + [1.0] * (len(own) - shared), where) for own in ids]
 
     def _render(self, messages: Sequence[Message], tools: Any, where: str, *, ask: bool = False) -> str:
         return render(self._tokenizer, list(messages), tools, {**self._kwargs, "add_generation_prompt": ask}, where)

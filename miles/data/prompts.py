@@ -38,6 +38,8 @@ class Answer:
     """[R] float32; None is 1 everywhere."""
     text: str
     """Of the response."""
+    reward: float | None = None
+    """1 or 0: preferred or not, or judged good or bad. Such answers are trajectories of their own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,10 +131,11 @@ class RolloutDataSource:
 
 
 def _answered(prompt: Prompt, answer: Answer, group_index: int, first: int, number: int) -> Sample:
-    """A finished sample. Answers of one row are one trajectory."""
+    """A finished sample. Answers of one row are one trajectory, unless they are compared."""
     return dataclasses.replace(
         _sample(prompt, group_index, first + number),
-        trajectory_id=first,
+        trajectory_id=first if answer.reward is None else None,
+        reward=answer.reward,
         tokens=answer.tokens.tolist(),
         response=answer.text,
         response_length=len(answer.loss_mask),

@@ -419,6 +419,73 @@ GROUPS: tuple[Group, ...] = (
         ),
     ),
     Group(
+        "Preferences",
+        "Of --loss-type dpo, orpo, simpo, cpo and kto, in place of those of the policy. A reward is --beta times what the loss compares: "
+        "the log-ratio to the reference, or the log-prob where there is none, as sum or mean over an answer's tokens. Of kto, chosen "
+        "means good and rejected bad, each over its own answers.",
+        _rows(
+            (
+                "train/reward_accuracy",
+                "share of pairs whose chosen answer has the higher reward; a tie is half",
+                "pairs of the step",
+                "share",
+                "rises from 0.5; 1 early on means that the pairs are easy to tell apart, not that the model is better",
+            ),
+            (
+                "train/reward_margin",
+                "reward of the chosen less that of the rejected answer",
+                "pairs",
+                "reward",
+                "rises",
+            ),
+            (
+                "train/reward_chosen",
+                "reward of the chosen answers",
+                "pairs; kto: good answers",
+                "reward",
+                "above 0, or at least falling more slowly than the other",
+            ),
+            ("train/reward_rejected", "reward of the rejected answers", "pairs; kto: bad answers", "reward", "falls"),
+            (
+                "train/logp_chosen",
+                "log-prob of a chosen answer, the sum over its tokens",
+                "pairs; kto: good answers",
+                "nats",
+                "falling fast while accuracy is high: raise --beta, or add --rpo-alpha",
+            ),
+            ("train/logp_rejected", "of a rejected answer", "pairs; kto: bad answers", "nats", "falls"),
+            ("train/nll_chosen", "minus log-prob of a token of a chosen answer", "pairs", "nats", "steady, or falls"),
+            (
+                "train/log_odds_ratio",
+                "orpo: log odds of the chosen answer less those of the rejected one",
+                "pairs",
+                "nats",
+                "rises above 0",
+            ),
+            (
+                "train/kto_baseline",
+                "kto: estimate of KL(policy, reference), from prompts with the answers of other prompts",
+                "answers of the step",
+                "nats",
+                "0 to a few nats; growing without end means drift: raise --beta",
+            ),
+            (
+                "rollout/pairs",
+                "pairs that are trained on",
+                "the rollout",
+                "count",
+                "groups of a rollout, or a few less",
+            ),
+            (
+                "rollout/desirable_ratio",
+                "kto: share of good answers",
+                "answers that are trained on",
+                "share",
+                "far from 0.5: weigh with --desirable-weight and --undesirable-weight",
+            ),
+        ),
+    ),
+    Group(
         "Evaluation",
         "Held-out prompts by one weight version; over samples that did not fail.",
         _rows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from miles.config import EvalDataset, eval_datasets, job_of
-from miles.data import ConversationFormat, PromptData, RolloutDataSource, load_conversations
+from miles.data import ConversationFormat, PromptData, RolloutDataSource, load_conversations, load_judged, load_pairs
 from miles.errors import DataError
 from miles.types import RolloutOutput, SampleGroup
 
@@ -55,7 +55,7 @@ def load_eval_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[t
 def _load(
     what: str, path: str, config: Config, tokenizer: PreTrainedTokenizerBase, input_key: str, label_key: str | None
 ) -> PromptData:
-    assert job_of(config).rows == "conversations"
+    kind = job_of(config).rows
     flags, sft = config.rollout, config.sft
     form = ConversationFormat(
         tokenizer,
@@ -63,14 +63,19 @@ def _load(
         overlong=sft.overlong_rows,
         loss_scale=sft.loss_scale,
         input_key=None if input_key == _ANY_KEY else input_key,
-        completion_key=label_key,
+        completion_key=label_key if kind == "conversations" else None,
         metadata_key=flags.metadata_key,
         tool_key=flags.tool_key,
         channel_key=sft.channel_key,
         apply_chat_template=flags.apply_chat_template,
         template_kwargs=flags.apply_chat_template_kwargs,
     )
-    data = load_conversations(path, form)
+    if kind == "pairs":
+        data = load_pairs(path, form)
+    elif kind == "judged":
+        data = load_judged(path, form, label_key)
+    else:
+        data = load_conversations(path, form)
     if not data.prompts:
         why = f"all {data.skipped} rows are longer than --seq-length" if data.skipped else "there is no row in it"
         raise DataError(f"{what}, got {path}: {why}; give a file, or a slice of one, with rows that fit")

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from miles.algo import PolicyLossSpec, policy_loss
+from miles.algo.kto import kto, kto_rows
+from miles.algo.preference import COUPLED, cpo, dpo, dpo_of_pairs, orpo, pair_slopes, simpo
+from miles.algo.preference_spec import PreferenceSpec
+from miles.algo.sequences import Pairs, Rows, pairs_of
 from miles.algo.supervised import sft_loss
 from miles.types import LossInputs, LossOutputs
 
@@ -35,6 +39,22 @@ class Loss:
     """Those before the first optimizer step, where a rollout has several."""
     needs_reference: bool = False
     """Log-probs of the frozen reference."""
+    coupled: Coupled | None = None
+    """Given where the loss of a pair depends on the other pairs of its optimizer step."""
+    baseline_rows: Callable[[LossInputs], Rows] | None = None
+    """Given where the loss compares with `kl_baseline`, which is made of these rows of mismatched prompts and responses."""
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A loss of pairs in two passes, see `miles.algo.preference`."""
+
+    pairs: Callable[[LossInputs], Pairs]
+    """Of one micro-batch."""
+    slopes: Callable[[Pairs], tuple[LossOutputs, Pairs]]
+    """Of a whole optimizer step: its loss, and the slope at each pair."""
+    metrics: Callable[[Pairs], LossOutputs]
+    """Of one micro-batch; its loss means nothing."""
 
 
 def build_loss(config: Config) -> Loss:
@@ -63,4 +83,50 @@ def _sft(config: Config) -> Loss:
     return Loss(functools.partial(sft_loss, kind=config.sft.sft_token_loss))
 
 
-LOSSES: Mapping[str, Callable[[Config], Loss]] = {"policy_loss": _policy, "sft_loss": _sft}
+def preference_spec(config: Config) -> PreferenceSpec:
+    """The PREFERENCE flags, as the losses take them."""
+    names = {field.name for field in dataclasses.fields(PreferenceSpec)}
+    return PreferenceSpec(**{k: v for k, v in dataclasses.asdict(config.preference).items() if k in names})
+
+
+def _dpo(config: Config) -> Loss:
+    spec = preference_spec(config)
+    with_reference = not spec.reference_free
+    coupled = None
+    if not COUPLED.isdisjoint(spec.dpo_loss_type):
+        coupled = Coupled(
+            functools.partial(pairs_of, spec=spec, with_reference=with_reference),
+            functools.partial(pair_slopes, spec=spec),
+            functools.partial(dpo_of_pairs, spec=spec),
+        )
+    return Loss(functools.partial(dpo, spec=spec), needs_reference=with_reference, coupled=coupled)
+
+
+def _kto(config: Config) -> Loss:
+    spec = preference_spec(config)
+    return Loss(
+        functools.partial(kto, spec=spec),
+        needs_reference=not spec.reference_free,
+        baseline_rows=functools.partial(kto_rows, spec=spec),
+    )
+
+
+def _of_pairs(function: Callable[[LossInputs, PreferenceSpec], LossOutputs]) -> Callable[[Config], Loss]:
+    """A loss of pairs without a reference."""
+
+    def build(config: Config) -> Loss:
+        spec = preference_spec(config)
+        return Loss(lambda inputs: function(inputs, spec))
+
+    return build
+
+
+LOSSES: Mapping[str, Callable[[Config], Loss]] = {
+    "policy_loss": _policy,
+    "sft_loss": _sft,
+    "dpo": _dpo,
+    "kto": _kto,
+    "orpo": _of_pairs(orpo),
+    "simpo": _of_pairs(simpo),
+    "cpo": _of_pairs(cpo),
+}

@@ -5,6 +5,7 @@
     muon.py        the optimizer of its weight matrices
     sft.py         supervised training on the careless teacher's answers: the "base model"
     making.py      model, tokenizer and prompt files in one directory, made once, whole or not at all
+    preferences.py pairs of a right and a careless answer, and judged answers
     accuracy.py    an independent score, by plain Hugging Face generation
 
 The task is `a+b=` with two-digit a and b. The teacher answers rightly four times in ten; six times it adds digit by

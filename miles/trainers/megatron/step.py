@@ -6,10 +6,11 @@ MicroBatch -> PolicyModel -> hidden [T, 1, H] -> (last stage) token scores [R] -
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -20,13 +21,16 @@ from torch import Tensor
 from miles.algo import Metric, merge_metrics
 from miles.algo.metrics import own_mean
 from miles.trainers.losses import Loss
-from miles.types import LossInputs
+from miles.types import LossInputs, LossOutputs
 
 from . import cpu
 from .logprobs import TokenScores, Vocabulary, is_first_choice, token_scores
 from .model import PolicyModel
 from .packing import MicroBatch
 from .parallel import Parallel
+from .whole_step import WholeStep, baseline_of, coupled_outputs, slopes_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class KnownLogProbs:
     """Of the critic, where there is one."""
     returns: Tensor | None = None
     """What the critic learns."""
+
+
+@dataclass(frozen=True)
+class Mismatched:
+    """Prompts with the responses of other prompts, of one optimizer step: KTO compares with them."""
+
+    micro_batches: Sequence[MicroBatch]
+    known: KnownLogProbs
 
 
 class Passes:
@@ -82,31 +94,66 @@ class Passes:
         self._run(micro_batches, collect, forward_only=True)
         return found
 
-    def loss_and_gradients(self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs) -> dict[str, Metric]:
+    def _before_step(
+        self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs, mismatched: Mismatched | None
+    ) -> WholeStep:
+        """What the loss needs to know of the whole optimizer step; `mismatched` where it has a baseline."""
+        if self._loss.coupled is not None:
+            pairs = self._of_inputs(micro_batches, known, self._loss.coupled.pairs)
+            return slopes_of(self._loss.coupled, micro_batches, pairs, self._parallel)
+        if self._loss.baseline_rows is not None:
+            assert mismatched is not None, "the batch of a loss with a baseline has them"
+            rows = self._of_inputs(mismatched.micro_batches, mismatched.known, self._loss.baseline_rows)
+            return baseline_of(rows, self._parallel)
+        return WholeStep()
+
+    @torch.no_grad()
+    def _of_inputs(
+        self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs, function: Callable[[LossInputs], T]
+    ) -> list[T]:
+        """`function` of each micro-batch's loss inputs, without a gradient."""
+
+        def collect(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> T:
+            return function(self._loss_inputs(batch, self._scores(batch, hidden), known, keep=False))
+
+        return self._run(micro_batches, collect, forward_only=True)
+
+    def loss_and_gradients(
+        self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs, mismatched: Mismatched | None = None
+    ) -> dict[str, Metric]:
         """Adds the gradients of one optimizer step into the model's buffers, summed over ranks; returns this rank's metrics.
 
         `loss` is among them, of kind `sum`: this rank's part of the step's loss. Empty on all but the last stage.
         """
+        step = self._before_step(micro_batches, known, mismatched)
 
         def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            outputs = self._loss.function(self._loss_inputs(batch, self._scores(batch, hidden), known))
-            metrics = {**outputs.metrics, "loss": ("sum", outputs.loss.detach())}
+            outputs, value = self._outputs(batch, self._scores(batch, hidden), known, step)
+            metrics = {**outputs.metrics, "loss": ("sum", value)}
             # Megatron would divide by this count; our denominators are in the weights already.
             return outputs.loss, torch.zeros((), dtype=torch.int), metrics
 
         return functools.reduce(merge_metrics, self._run(micro_batches, loss, forward_only=False), {})
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs) -> dict[str, Metric]:
-        """What `loss_and_gradients` returns, and `token_accuracy`: the share of trained tokens that the model would choose."""
+    def evaluate(
+        self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs, mismatched: Mismatched | None = None
+    ) -> dict[str, Metric]:
+        """What `loss_and_gradients` returns, and `token_accuracy`: the share of trained tokens that the model would choose.
+
+        Not of preferences, half of whose tokens it should not choose.
+        """
+        step = self._before_step(micro_batches, known, mismatched)
 
         def loss(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> dict[str, Metric]:
-            outputs = self._loss.function(self._loss_inputs(batch, self._scores(batch, hidden), known))
+            outputs, value = self._outputs(batch, self._scores(batch, hidden), known, step)
+            metrics: dict[str, Metric] = {**outputs.metrics, "loss": ("sum", value)}
+            if batch.preferences is not None:
+                return metrics
             right = self._is_first_choice(batch, hidden)
             mask, weights = batch.loss_mask, batch.token_weights
             return {
-                **outputs.metrics,
-                "loss": ("sum", outputs.loss.detach()),
+                **metrics,
                 **own_mean("token_accuracy", right.float(), mask, weights),
             }
 
@@ -114,6 +161,18 @@ class Passes:
 
     def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
         return run_micro_batches(self._model, micro_batches, finish, forward_only=forward_only)
+
+    def _outputs(
+        self, batch: MicroBatch, scores: TokenScores, known: KnownLogProbs, step: WholeStep
+    ) -> tuple[LossOutputs, Tensor]:
+        """Of one micro-batch: the loss to go back from, with its metrics, and its value, detached."""
+        inputs = self._loss_inputs(batch, scores, known)
+        if self._loss.coupled is not None:
+            return coupled_outputs(self._loss.coupled, inputs, batch, step)
+        if step.kl_baseline is not None:
+            inputs = dataclasses.replace(inputs, kl_baseline=step.kl_baseline)
+        outputs = self._loss.function(inputs)
+        return outputs, outputs.loss.detach()
 
     def _scores(self, batch: MicroBatch, hidden: Tensor) -> TokenScores:
         """hidden [T, 1, H] (or this rank's piece of T, with sequence parallelism) -> scores [R]."""
@@ -145,9 +204,12 @@ class Passes:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=tp)
         return hidden.squeeze(1).index_select(0, batch.predictors)
 
-    def _loss_inputs(self, batch: MicroBatch, scores: TokenScores, known: KnownLogProbs) -> LossInputs:
+    def _loss_inputs(
+        self, batch: MicroBatch, scores: TokenScores, known: KnownLogProbs, *, keep: bool = True
+    ) -> LossInputs:
+        """keep: puts the log-probs into `seen`, where that is set."""
         now = scores.log_probs.detach()
-        if self.seen is not None:
+        if keep and self.seen is not None:
             self.seen[batch.slots] = now.to(self.seen.dtype)
         if self._use_rollout_logprobs:
             assert batch.rollout_log_probs is not None, "checked when the batch arrived"

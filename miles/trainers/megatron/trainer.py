@@ -42,7 +42,7 @@ from .packing import MicroBatch, pack, split_rows, traced_log_probs
 from .parallel import Parallel
 from .preparation import critic_advantages, entropy_mask, token_advantage_spec, token_advantages
 from .roles import ReferenceWeights
-from .step import KnownLogProbs, Passes
+from .step import KnownLogProbs, Mismatched, Passes
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +198,12 @@ class MegatronTrainer:
             num_tokens = int(batch.rows["response_lengths"].sum())
             self._passes.seen = torch.full((num_tokens,), math.nan, device=self.parallel.device)
         first = known.old
+        mismatched = self._mismatched(batch)
         with self._timers.phase("actor_train"):
             for number, micro_batches in enumerate(steps):
+                backward = functools.partial(self._passes.loss_and_gradients, micro_batches, known, mismatched[number])
                 with self._keeping_non_finite(batch, number):
-                    made = self._actor.step(functools.partial(self._passes.loss_and_gradients, micro_batches, known))
+                    made = self._actor.step(backward)
                 if self._passes.seen is not None:  # later steps compute those of a policy that has moved
                     first, self._passes.seen = self._passes.seen, None
                 # The engine's policy is the one before the first step: later steps would measure the update as well.
@@ -216,7 +218,8 @@ class MegatronTrainer:
         self._check(batch)
         steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts)
         known, _ = self._prepare(batch, steps)
-        reduced = reduce_metrics(self._passes.evaluate([m for step in steps for m in step], known), self.parallel)
+        [micro_batches], [mismatched] = steps, self._mismatched(batch)
+        reduced = reduce_metrics(self._passes.evaluate(micro_batches, known, mismatched), self.parallel)
         self._timers.take()
         return finish_metrics(reduced)
 
@@ -241,10 +244,8 @@ class MegatronTrainer:
         num_tokens = len(batch.ragged["tokens"]) and int(batch.rows["response_lengths"].sum())
         spec = token_advantage_spec(grpo)
         metrics: dict[str, float] = {}
-        reference = scores = advantages = policy_mask = values = returns = None
-        if self._reference is not None:
-            with self._timers.phase("ref_log_probs"), self._reference.awake():
-                reference = self._passes.score(flat, num_tokens).log_probs
+        scores = advantages = policy_mask = values = returns = None
+        reference = self._reference_log_probs(batch, steps)
         needs_old = (len(steps) > 1 or spec.kl_coef != 0) and self._loss.needs_old_log_probs
         if needs_old or grpo.entropy_quantile < 1:
             with self._timers.phase("old_log_probs"):
@@ -265,6 +266,22 @@ class MegatronTrainer:
         # With one update the step's own log-probs are the old ones, to the last bit.
         old = old if len(steps) > 1 else None
         return KnownLogProbs(old, reference, advantages, policy_mask, values, returns), metrics
+
+    def _mismatched(self, batch: TrainBatch) -> list[Mismatched | None]:
+        """Of each optimizer step, with the reference's log-probs where the loss has one."""
+        if batch.mismatched is None:
+            return [None] * len(batch.steps)
+        steps = pack(batch.mismatched, self.parallel.device, share_prompts=self._share_prompts)
+        known = KnownLogProbs(reference=self._reference_log_probs(batch.mismatched, steps))
+        return [Mismatched(micro_batches, known) for micro_batches in steps]
+
+    def _reference_log_probs(self, batch: TrainBatch, steps: Sequence[Sequence[MicroBatch]]) -> Tensor | None:
+        """[response tokens of the batch]; None where the loss has no reference."""
+        if self._reference is None:
+            return None
+        num_tokens = len(batch.ragged["tokens"]) and int(batch.rows["response_lengths"].sum())
+        with self._timers.phase("ref_log_probs"), self._reference.awake():
+            return self._passes.score([m for step in steps for m in step], num_tokens).log_probs
 
     def _rollout_log_probs(self, batch: TrainBatch) -> Tensor:
         return torch.from_numpy(batch.ragged["rollout_log_probs"]).to(self.parallel.device)

@@ -15,8 +15,6 @@ ROOT = Path(__file__).parents[3]
 
 #: These read keys, and produce none.
 READERS = ("observe/catalogue.py", "observe/display.py", "observe/report", "observe/trackers", "config")
-#: No trainer calls these losses yet.
-READERS += ("algo/preference.py", "algo/kto.py")
 #: Functions of miles.algo that make one metric.
 MAKERS = {"mean", "total", "largest", "mean_metric"}
 KEY = re.compile(r"(train|rollout|eval|perf|memory)/[^ :;]+")
