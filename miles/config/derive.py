@@ -205,6 +205,7 @@ PATH_FLAGS = (
         "save_hf",
         "critic_load",
         "critic_save",
+        "rm_model",
         "prompt_data",
         "eval_config",
         "run_dir",

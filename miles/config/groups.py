@@ -152,6 +152,8 @@ class RolloutArgs:
     """Built-in reward (docs/rewards.md), or several with commas, weighted by --reward-weights; boxed_ prefix scores the last box; metadata["rm_type"] overrides per row."""
     rm_url: str | None = None
     """Endpoint of remote_rm."""
+    rm_model: str | None = None
+    """HF sequence-classification directory of reward_model, with one label and the policy's tokenizer; every reward worker loads it once."""
     rm_timeout: float = 30.0
     """Seconds for one reward call; the worker that exceeds it is killed."""
     rm_num_workers: int = 2

@@ -63,6 +63,7 @@ REWARD_FLAGS = (
     *(
         "rm_type",
         "rm_url",
+        "rm_model",
         "rm_timeout",
         "rm_num_workers",
         "rm_max_retries",

@@ -412,7 +412,6 @@ PLANNED_CHOICES: Mapping[str, Mapping[str, str]] = {
         "gkd": "distillation from a teacher",
         "custom_loss": "a loss of one's own",
     },
-    "rm_type": {"reward_model": "a scalar head of one's own training"},
     "train_backend": {"fsdp": "the FSDP trainer"},
     "optimizer": {"muon": "the Muon optimizer"},
 }

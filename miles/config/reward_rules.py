@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from .problem import Problem
-from .rule import Facts, Range, Rule
+from .rule import Facts, Range, Rule, needs
 
 REWARD_RANGES: dict[str, Range] = {
     **dict.fromkeys(["cosine_max_len", "soft_max_length", "soft_cache_length"], Range(1)),
@@ -28,4 +28,13 @@ def format_pattern_is_a_regex(facts: Facts) -> Iterator[Problem]:
         yield Problem("--format-pattern", pattern, f"it is no regular expression of Python: {error}", "mend it")
 
 
-REWARD_RULES: tuple[Rule, ...] = (format_pattern_is_a_regex,)
+def rm_model_needs_its_reward(facts: Facts) -> Iterator[Problem]:
+    """Rows may name it themselves where nothing else does; an evaluation too."""
+    flags = facts.config.rollout
+    names = [name.strip().removeprefix("boxed_") for name in (flags.rm_type or "reward_model").split(",")]
+    is_read = "reward_model" in names or facts.config.eval.eval_config is not None
+    why = f"--rm-type {flags.rm_type} asks no model"
+    yield from needs(facts, ("rm_model",), unless=is_read, why=why, fix="take --rm-type reward_model, or leave it out")
+
+
+REWARD_RULES: tuple[Rule, ...] = (format_pattern_is_a_regex, rm_model_needs_its_reward)

@@ -56,6 +56,7 @@ async def reward_pool(config: Config, *, num_workers: int) -> AsyncIterator[Rewa
         num_workers=num_workers,
         targets=hooks,
         modules=sorted({module for rule in rules or [registry.find("math")] for module in rule.modules}),
+        rules=sorted({rule.name for rule in rules if rule.prepare is not None}),
         max_retries=config.rollout.rm_max_retries,
     )
     if hooks or any(not rule.inline for rule in rules):

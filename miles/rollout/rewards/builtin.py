@@ -1,5 +1,5 @@
 """Registers the built-in rewards."""
 
-from . import answers, instructions, rules, shape
+from . import answers, instructions, reward_model, rules, shape
 
-__all__ = ["answers", "instructions", "rules", "shape"]
+__all__ = ["answers", "instructions", "reward_model", "rules", "shape"]

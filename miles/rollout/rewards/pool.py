@@ -127,6 +127,7 @@ class RewardPool:
         config: `miles.config.config_to_dict` of the run; hooks see it as `args`.
         targets: what will be called; imported by every worker at its start.
         modules: further modules to import then, so that no call pays for it.
+        rules: names of the rewards that prepare themselves then.
         max_retries: repetitions of an item that raised or timed out.
     """
 
@@ -137,12 +138,14 @@ class RewardPool:
         num_workers: int,
         targets: Sequence[Target] = (),
         modules: Sequence[str] = (),
+        rules: Sequence[str] = (),
         max_retries: int = 0,
     ):
         self._setup = {
             "config": config,
             "targets": [_target_dict(t) for t in dict.fromkeys(targets)],
             "modules": list(modules),
+            "rules": list(rules),
             "sys_path": [os.path.abspath(p) for p in sys.path],
         }
         self._num_workers = num_workers

@@ -55,6 +55,8 @@ class Rule:
     """The numbers of a reward that is a dict; the first is what it counts for among several rewards."""
     modules: tuple[str, ...] = ()
     """Slow to import: workers do it at their start, so that the first answer does not pay for it out of its limit."""
+    prepare: Callable[[Args], None] | None = None
+    """What workers do at their start besides, where the configuration uses the rule."""
     lacks: Callable[[Args], tuple[str, str, str] | None] = lambda args: None
     """What the flags leave open that the rule needs: (flag, why, fix)."""
     check_row: Callable[[Mapping[str, Any]], object] = lambda metadata: None

@@ -52,6 +52,10 @@ class Worker:
             self._functions[target.key] = target.load()
         for module in setup["modules"]:
             importlib.import_module(module)
+        for name in setup["rules"]:
+            Target("rule", name).load()
+            if (prepare := registry.find(name).prepare) is not None:
+                prepare(self._args)
         return {key: is_concurrent(function) for key, function in self._functions.items()}
 
     def reply(self, frame: frames.Frame) -> None:

@@ -38,9 +38,10 @@ def hooks(tmp_path: Path) -> str:
             "--label-key: --rm-type math compares with a label; name the column that holds the answers",
         ),
         ({"rm_type": "boxed_exact"}, "--label-key: --rm-type boxed_exact compares"),
+        ({"rm_type": "reward_model"}, "--rm-model: --rm-type reward_model asks a model; give the directory"),
         (
-            {"rm_type": "reward_model"},
-            "--rm-type reward_model is not built yet: a scalar head of one's own training; use --rm-type remote_rm with",
+            {"rm_type": "reward_model", "rm_model": "nowhere"},
+            "--rm-model: --rm-type reward_model cannot be scored by",
         ),
         ({"rm_type": "remote_rm"}, "--rm-url: --rm-type remote_rm asks a service; give its address"),
         ({"rm_type": "remote_rm", "rm_url": "grader:80"}, "--rm-url, got grader:80: it is no web address"),
