@@ -30,8 +30,8 @@ class ExtentGroup:
     """Rows that attend over the same number of cache positions."""
 
     extent: int
-    bias: torch.Tensor
-    """0 where a row may look, -inf elsewhere: `[B * kv_heads, 1, extent]` or `[B, 1, 1, extent]`, as the kernel wants."""
+    bias: torch.Tensor | None
+    """[B, 1, 1, extent] 0 where a row may look, -inf elsewhere; None where all rows may look everywhere."""
     rows: torch.Tensor | None
     """[B, 1] bool: rows of this group; None where it is all of them."""
 
@@ -63,8 +63,8 @@ class KVCache:
         self._config, self._device, self._dtype = config, device, dtype
         self._max_tokens, self._fixed = max_tokens, fixed is not None
         self._rows, self._extent = fixed or (1, EXTENT_STEP)
-        # One fp32 gemm per kv head beats the CPU's fused attention at decode sizes; elsewhere the fused one wins.
-        self._use_bmm = device.type == "cpu" and dtype == torch.float32
+        # At decode sizes products of matrices beat the CPU's fused attention; elsewhere the fused one wins.
+        self._use_products = device.type == "cpu" and dtype == torch.float32
         self._visible = torch.zeros((), device=device, dtype=dtype)
         self._hidden = torch.full((), float("-inf"), device=device, dtype=dtype)
         self._allocate()
@@ -124,7 +124,7 @@ class KVCache:
 
     def plan(self, lengths: np.ndarray) -> DecodePlan:
         """For a step that appends one token to each of the first `B` rows. `lengths` [B]: tokens a row holds before it."""
-        num_rows, kv_heads = len(lengths), self._config.num_kv_heads
+        num_rows = len(lengths)
         positions = torch.as_tensor(lengths, device=self._device)
         column = positions[:, None]
         targets = (self._origins[:num_rows] + column).view(-1)
@@ -134,15 +134,12 @@ class KVCache:
             extent_of_row = own[row_length]
             occupied = [int(extent) for extent in np.unique(own)]
         else:
-            occupied = [min(round_extent(int(lengths.max()) + 1), self._extent)]
+            occupied = [int(lengths.max()) + 1]
         groups = []
         for extent in occupied:
-            bias = torch.where(self._range[:extent] <= column, self._visible, self._hidden)
-            if self._use_bmm:
-                bias = bias[:, None].expand(num_rows, kv_heads, extent).reshape(num_rows * kv_heads, 1, extent)
-            else:
-                bias = bias[:, None, None]
-            members = None
+            bias = members = None
+            if int(lengths.min()) + 1 < extent:
+                bias = torch.where(self._range[:extent] <= column, self._visible, self._hidden)[:, None, None]
             if len(occupied) > 1:
                 members = torch.as_tensor(extent_of_row == extent, device=self._device)[:, None]
             groups.append(ExtentGroup(extent, bias, members))
@@ -170,14 +167,16 @@ class KVCache:
         num_rows, num_heads, head_dim = queries.shape
         kv_heads = self._config.num_kv_heads
         keys, values = self._slabs[layer][:, :num_rows, :, : group.extent]
+        # The query heads of one kv head are the rows of one product: grouped-query attention without repeating K, V.
+        q = queries.unflatten(1, (kv_heads, -1))
         scale = head_dim**-0.5
-        if self._use_bmm:
-            # The query heads of one kv head are the rows of one gemm: grouped-query attention without repeating K, V.
-            q = queries.reshape(num_rows * kv_heads, num_heads // kv_heads, head_dim)
-            scores = torch.baddbmm(group.bias, q, keys.flatten(0, 1).transpose(1, 2), alpha=scale)
-            return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(num_rows, num_heads * head_dim)
-        q = queries.reshape(num_rows, kv_heads, num_heads // kv_heads, head_dim)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.bias, scale=scale)
+        if self._use_products:
+            scores = _product(q * scale, keys.transpose(2, 3))
+            if group.bias is not None:
+                scores += group.bias
+            out = _product(scores.softmax(-1), values)
+        else:
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.bias, scale=scale)
         return out.reshape(num_rows, num_heads * head_dim)
 
     def _own_extent(self, length: int) -> int:
@@ -226,6 +225,14 @@ class KVCache:
     def _as_slab(self, buffer: torch.Tensor) -> torch.Tensor:
         c = self._config
         return buffer[: self._num_elements()].view(2, self._rows, c.num_kv_heads, self._extent, c.head_dim)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` of `[B, kv_heads, few, n]` and `[B, kv_heads, n, m]`, a small product for each row and head."""
+    if torch.get_num_threads() > 1:  # MKL, in batches that threads share
+        return torch.matmul(a, b)
+    # numpy's OpenBLAS, one by one: twice as fast as MKL's batches of so small products.
+    return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
 
 
 def round_extent(tokens: int) -> int:

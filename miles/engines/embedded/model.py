@@ -10,6 +10,8 @@ in float32, RoPE rotates halves, softmax in float32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -18,11 +20,31 @@ from .model_config import ModelConfig
 from .weights import Layer, Parameters
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """What layers write one after the other. Kept from step to step: memory that is still in the core's caches."""
+
+    normed: torch.Tensor
+    """[rows, H]"""
+    qkv: torch.Tensor
+    """[rows, (heads + 2 * kv_heads) * head_dim]"""
+    gate_up: torch.Tensor
+    """[rows, 2 * intermediate]"""
+
+    @staticmethod
+    def like(config: ModelConfig, x: torch.Tensor) -> Scratch:
+        """For as many rows as the hidden states `x` `[rows, H]` have."""
+        qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        widths = (config.hidden_size, qkv, 2 * config.intermediate_size)
+        return Scratch(*(x.new_empty(len(x), width) for width in widths))
+
+
 class DecoderModel:
     """Qwen2, Qwen3, Llama and Mistral. Holds no state but the parameters and the RoPE tables."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, context_length: int) -> None:
         self.config, self.parameters = config, parameters
+        self._scratch: Scratch | None = None
         self._eps = torch.tensor(config.norm_eps, device=parameters.device)
         frequencies, scaling = config.inverse_frequencies(context_length)
         angles = torch.outer(torch.arange(context_length, dtype=torch.float32), frequencies)
@@ -42,57 +64,77 @@ class DecoderModel:
         x = F.embedding(token_ids.view(-1), self.parameters.embedding)
         # Tables per token, [N * T, 1, head_dim].
         cos, sin = self._rope[:length].repeat(num_prompts, 1)[:, None].chunk(2, -1)
+        scratch = Scratch.like(c, x)
         for i, layer in enumerate(self.parameters.layers):
-            qkv = self._qkv(layer, x, cos, sin).view(num_prompts, length, -1, c.head_dim).transpose(1, 2)
+            qkv = self._qkv(layer, x, cos, sin, scratch).view(num_prompts, length, -1, c.head_dim).transpose(1, 2)
             queries, keys, values = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
             cache.store(i, first_row, sources, keys, values)
             attended = F.scaled_dot_product_attention(
                 queries, keys, values, is_causal=True, enable_gqa=c.num_heads != c.num_kv_heads
             )
-            x = self._finish_layer(layer, x, attended.transpose(1, 2).reshape(num_prompts * length, -1))
+            self._finish_layer(layer, x, attended.transpose(1, 2).reshape(num_prompts * length, -1), scratch)
         return x.view(num_prompts, length, -1)
 
-    def decode(self, token_ids: torch.Tensor, cache: KVCache, plan: DecodePlan) -> torch.Tensor:
-        """Feeds one token per row `[B]`; appends to the cache. Returns hidden `[B, H]`."""
+    def decode(self, token_ids: torch.Tensor, cache: KVCache, plan: DecodePlan, x: torch.Tensor) -> None:
+        """Feeds one token per row `[B]`; appends to the cache. Writes the hidden states to `x` `[B, H]`."""
         num_heads = self.config.num_heads
-        x = self.parameters.embedding.index_select(0, token_ids)
+        torch.index_select(self.parameters.embedding, 0, token_ids, out=x)
         cos, sin = self._rope.index_select(0, plan.positions)[:, None].chunk(2, -1)
+        if self._scratch is None or len(self._scratch.normed) != len(x):
+            self._scratch = Scratch.like(self.config, x)
         for i, layer in enumerate(self.parameters.layers):
-            qkv = self._qkv(layer, x, cos, sin)
+            qkv = self._qkv(layer, x, cos, sin, self._scratch)
             cache.append(i, plan, qkv[:, num_heads:])
-            x = self._finish_layer(layer, x, cache.attend(i, plan, qkv[:, :num_heads]))
-        return x
+            self._finish_layer(layer, x, cache.attend(i, plan, qkv[:, :num_heads]), self._scratch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[*, H]` -> `[*, vocab]` float32."""
-        normed = self._norm(hidden, self.parameters.norm)
+        normed = self._norm(hidden, self.parameters.norm, None)
         return F.linear(normed, self.parameters.head).float()
 
-    def _qkv(self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def _qkv(
+        self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scratch: Scratch
+    ) -> torch.Tensor:
         """`[rows, H]` -> `[rows, heads + 2 * kv_heads, head_dim]`, queries and keys normed and rotated."""
         c = self.config
-        normed = self._norm(x, layer.input_norm)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(x), -1, c.head_dim)
+        self._norm(x, layer.input_norm, scratch.normed)
+        _linear(scratch.normed, layer.qkv, layer.qkv_bias, scratch.qkv)
+        qkv = scratch.qkv.view(len(x), -1, c.head_dim)
         rotated = qkv[:, : c.num_heads + c.num_kv_heads]
         qk = rotated
         if layer.qk_norm is not None:
-            qk = self._norm(qk, layer.qk_norm)
+            qk = self._norm(qk, layer.qk_norm, None)
         torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin, out=rotated)
         return qkv
 
-    def _finish_layer(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        c = self.config
-        x = F.linear(attended, layer.o, layer.o_bias).add_(x)
-        normed = self._norm(x, layer.post_norm)
-        gate_up = F.linear(normed, layer.gate_up, layer.gate_up_bias)
-        gated = F.silu(gate_up[:, : c.intermediate_size]).mul_(gate_up[:, c.intermediate_size :])
-        return F.linear(gated, layer.down, layer.down_bias).add_(x)
+    def _finish_layer(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor, scratch: Scratch) -> None:
+        """Output projection and MLP, both added to `x` in place."""
+        _add_linear(x, attended, layer.o, layer.o_bias)
+        self._norm(x, layer.post_norm, scratch.normed)
+        _linear(scratch.normed, layer.gate_up, layer.gate_up_bias, scratch.gate_up)
+        gate, up = scratch.gate_up.chunk(2, -1)
+        _add_linear(x, F.silu(gate, inplace=True).mul_(up), layer.down, layer.down_bias)
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension; `weight` broadcasts."""
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, to `out` where given; `weight` broadcasts."""
         if x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.rms_norm(x, x.shape[-1:], None, self.config.norm_eps).mul_(weight)
+            return torch.mul(F.rms_norm(x, x.shape[-1:], None, self.config.norm_eps), weight, out=out)
         # torch's own is eight operations on a CPU; this is five, and no Python number among their operands.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).mul_(weight)
+        return torch.mul(x, scale, out=out).mul_(weight)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """`out = x @ weight.T + bias`."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """`total += x @ weight.T + bias`."""
+    total.addmm_(x, weight.t())
+    if bias is not None:
+        total.add_(bias)

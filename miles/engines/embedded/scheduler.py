@@ -430,9 +430,8 @@ class Scheduler:
         if self._fixed_rows:  # idle rows do what the first row does, in their own place, and are never looked at
             lengths[batch.num_rows :], tokens[batch.num_rows :] = lengths[0], tokens[0]
         plan = self._cache.plan(lengths)
-        self._hidden[: len(columns)] = self._model.decode(
-            torch.as_tensor(tokens, device=self._device), self._cache, plan
-        )
+        fed = torch.as_tensor(tokens, device=self._device)
+        self._model.decode(fed, self._cache, plan, self._hidden[: len(columns)])
         batch.live["length"] += 1
 
     def _finish_completed(self) -> None:
