@@ -201,6 +201,7 @@ def _limits(options: EngineOptions, config: ModelConfig, device: torch.device, d
         raise ConfigError(
             f"--context-length, got {context_length}: the model has {config.max_position_embeddings} positions; lower it"
         )
+    rows = options.max_running_requests or (128 if options.enable_deterministic_inference else 256)
     max_total_tokens = options.max_total_tokens or default_max_total_tokens(
         KVCache.bytes_per_token(config, dtype), device
     )
@@ -209,10 +210,10 @@ def _limits(options: EngineOptions, config: ModelConfig, device: torch.device, d
         raise ConfigError(f"--max-total-tokens, got {options.max_total_tokens}: give at least {EXTENT_STEP}")
     if options.enable_deterministic_inference:
         # Every row owns its place for good, so a row's share of the cache bounds its length.
-        share = max_total_tokens // fixed_rows(options.max_running_requests) // EXTENT_STEP * EXTENT_STEP
+        share = max_total_tokens // fixed_rows(rows) // EXTENT_STEP * EXTENT_STEP
         if share < min(context_length, EXTENT_STEP) or (options.context_length and share < options.context_length):
             raise ConfigError(
-                f"--max-running-requests, got {options.max_running_requests}: with deterministic inference each row owns "
+                f"--max-running-requests, got {rows}: with deterministic inference each row owns "
                 f"{share} of {max_total_tokens} KV tokens, and {context_length} are needed; lower --max-running-requests "
                 "or --context-length, or raise --max-total-tokens"
             )
@@ -222,7 +223,7 @@ def _limits(options: EngineOptions, config: ModelConfig, device: torch.device, d
             )
             context_length = share
     return SchedulerLimits(
-        max_running_requests=options.max_running_requests,
+        max_running_requests=rows,
         max_total_tokens=max_total_tokens,
         context_length=context_length,
         deterministic=options.enable_deterministic_inference,

@@ -34,8 +34,8 @@ class EngineOptions:
     """Seeds the rows that bring no sampling_seed of their own, in order of arrival. Default: fresh randomness."""
     context_length: int | None = None
     """Longest prompt plus answer, in tokens. Default: the model's max_position_embeddings."""
-    max_running_requests: int = 128
-    """Rows decoded together; further ones queue."""
+    max_running_requests: int | None = None
+    """Rows decoded together; further ones queue. Default: 256; 128 with deterministic inference, which pays for all always."""
     max_total_tokens: int | None = None
     """KV-cache size in tokens (rows x longest row). Default: a quarter of the free memory on a CPU, 70 % on a GPU."""
     enable_deterministic_inference: bool = False
@@ -56,7 +56,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name, least in (("max_running_requests", 1), ("num_threads", 1), ("port", 0)):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')}, got {value}: too small; give at least {least}")
         for name in ("context_length", "max_total_tokens"):
             value = getattr(self, name)

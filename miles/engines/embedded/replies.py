@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,10 @@ def _add_log_probs(meta: dict[str, Any], row: Row, tokenizer: Tokenizer | None) 
             meta["input_top_logprobs"] = [None, *(_top(top, tokenizer) for top in row.input_top)]
 
 
-def _triples(values: list[Any], ids: np.ndarray, tokenizer: Tokenizer | None) -> list[list[Any]]:
+def _triples(values: list[Any], ids: np.ndarray, tokenizer: Tokenizer | None) -> list[tuple[Any, int, str | None]]:
     tokens = ids.tolist()
-    texts = [None] * len(tokens) if tokenizer is None else _token_texts(tokens, tokenizer)
-    return [list(triple) for triple in zip(values, tokens, texts, strict=True)]
+    texts = itertools.repeat(None, len(tokens)) if tokenizer is None else _token_texts(tokens, tokenizer)
+    return list(zip(values, tokens, texts, strict=True))
 
 
 def _top(top: list[tuple[float, int]], tokenizer: Tokenizer | None) -> list[list[Any]]:

@@ -6,6 +6,7 @@ A field that the engine does not serve is refused by name; nothing is accepted a
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -177,14 +178,15 @@ def parse_generate(body: Any, limits: Limits) -> Job:
         raise RequestError("return_text_in_logprobs, got true: the engine has no tokenizer (--skip-tokenizer-init)")
     shared_seed = not isinstance(raw_params, list)
     for i, ids in enumerate(prompts):
-        _check_fits(ids, params[i], limits)
+        if not i or ids is not prompts[i - 1] or params[i] is not params[i - 1]:
+            _check_fits(ids, params[i], limits)
+            key = ids.tobytes()
         if not -1 <= start_len[i] < len(ids):
             raise RequestError(
                 f"logprob_start_len, got {start_len[i]}: the prompt has {len(ids)} tokens; give -1 or less"
             )
         if not 0 <= top_num[i] <= limits.vocab_size:
             raise RequestError(f"top_logprobs_num, got {top_num[i]}: give 0 to {limits.vocab_size}")
-        key = ids.tobytes()
         rows_of_seed = num_prompts * n if shared_seed else n
         for j in range(n):
             seed = seeds[i]
@@ -284,9 +286,14 @@ def _prompts(body: Mapping[str, Any], limits: Limits) -> tuple[list[np.ndarray],
         return [_checked_ids(encode(t), limits) for t in texts], not isinstance(text, str)
     if not isinstance(ids, list) or not ids:
         raise RequestError(f"input_ids, got {_shorten(ids)}: send a list of token ids, or a list of such lists")
-    if isinstance(ids[0], list):
-        return [_checked_ids(row, limits) for row in ids], True
-    return [_checked_ids(ids, limits)], False
+    if not isinstance(ids[0], list):
+        return [_checked_ids(ids, limits)], False
+    # A group's answers have one prompt: it is checked once, and its rows share the array.
+    prompts = [_checked_ids(ids[0], limits)]
+    for previous, row in itertools.pairwise(ids):
+        same = row == previous and set(map(type, row)) == {int}  # 1 == True, too
+        prompts.append(prompts[-1] if same else _checked_ids(row, limits))
+    return prompts, True
 
 
 def _checked_ids(ids: Any, limits: Limits) -> np.ndarray:
@@ -425,7 +432,7 @@ def _per_prompt(body: Mapping[str, Any], name: str, kind: type[Any], default: An
 
 def _rids(value: Any, num_prompts: int, batched: bool) -> list[str]:
     if value is None:
-        return [uuid.uuid4().hex for _ in range(num_prompts)]
+        value = uuid.uuid4().hex
     if isinstance(value, str):
         return [f"{value}_{i}" for i in range(num_prompts)] if batched else [value]
     if isinstance(value, list) and len(value) == num_prompts and all(isinstance(v, str) for v in value):

@@ -51,6 +51,9 @@ PROMPT_LOGITS_CHUNK = 256
 #: An idle engine starts when no request has come for this long, or after GATHER_LIMIT_S.
 ARRIVAL_GAP_S = 0.001
 GATHER_LIMIT_S = 0.01
+#: Where more rows wait than fit, they join a running batch when this fraction of it is free: a prefill pass for a row or two
+#: costs about as much as a decode step of the whole batch.
+JOIN_FRACTION = 0.125
 #: In a fixed batch the number of rows is a multiple of this, so that no row falls into a vector loop's scalar remainder.
 FIXED_ROWS_STEP = 32
 
@@ -304,6 +307,9 @@ class Scheduler:
     def _admit(self, admitted: list[Row]) -> None:
         """Moves waiting rows into the batch; `admitted` names them, so that a failure half-way can be answered."""
         batch, limits = self._batch, self.limits
+        free = limits.max_running_requests - batch.num_rows
+        if batch.num_rows and free < min(len(self._waiting), int(JOIN_FRACTION * limits.max_running_requests)):
+            return
         extent = int(batch.live["capacity"].max()) if batch.num_rows else 0
         while self._waiting and batch.num_rows + len(admitted) < limits.max_running_requests:
             row = self._waiting[0]

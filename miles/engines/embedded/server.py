@@ -234,6 +234,7 @@ class EngineServer:
         return _response(
             {
                 **options,
+                "max_running_requests": self._scheduler.limits.max_running_requests,
                 "engine": "miles-embedded",
                 "device": self._info.device,
                 "dtype": self._info.dtype,

@@ -71,6 +71,18 @@ def test_log_probs_equal_transformers_forward(pair, temperature):
             np.testing.assert_allclose(got, _reference_log_probs(model, ids, temperature), atol=1e-5, rtol=0)
 
 
+def test_two_threads_compute_the_same(tmp_path):
+    """Several threads take other products of matrices in attention."""
+    model = save_checkpoint(tmp_path, "qwen3_tied", initializer_range=WELL_CONDITIONED)
+    try:
+        with running_engine(tmp_path, num_threads=2) as engine:
+            rows = _rows(engine, 1.0, 0)
+    finally:
+        torch.set_num_threads(1)
+    for ids, got in rows:
+        np.testing.assert_allclose(got, _reference_log_probs(model, ids, 1.0), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounding_is_no_worse_than_transformers_own(family, tmp_path):
     """On a badly conditioned model neither float32 pass is within 1e-5 of the truth; ours is as near as theirs."""

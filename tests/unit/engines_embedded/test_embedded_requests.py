@@ -26,6 +26,7 @@ BARE = Limits(vocab_size=100, context_length=64, max_total_tokens=32, encode=Non
         ({"input_ids": [[1], 2]}, "input_ids"),
         ({"input_ids": [1.5]}, "input_ids"),
         ({"input_ids": [True, 2]}, "input_ids"),
+        ({"input_ids": [[1, 2], [True, 2]]}, "input_ids"),
         ({"input_ids": ["1"]}, "input_ids"),
         ({"input_ids": [100]}, "vocabulary has 100"),
         ({"input_ids": [-1]}, "vocabulary has 100"),

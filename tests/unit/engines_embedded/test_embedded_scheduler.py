@@ -10,7 +10,7 @@ import pytest
 
 from miles.errors import EngineError, WeightUpdateError
 
-from .checkpoints import CONTEXT_LENGTH, EOS, VOCAB_SIZE, make_tokenizer, running_engine
+from .checkpoints import CONTEXT_LENGTH, EOS, VOCAB_SIZE, InProcessEngine, make_tokenizer, running_engine
 
 LONG = {"max_new_tokens": 200, "ignore_eos": True}
 
@@ -78,6 +78,28 @@ def test_requests_beyond_the_batch_wait_their_turn(checkpoint):
         job = engine.generate(input_ids=[[4 + i] for i in range(10)], sampling_params={"max_new_tokens": 5, "n": 2})
         assert len(job.rows) == 20
         assert all(0 < len(row.output_ids) <= 5 for row in job.rows)
+
+
+def test_waiting_rows_join_a_running_batch_in_company(checkpoint):
+    """With 16 places two join at a time, so 32 rows that end one after the other take half as many prefill passes."""
+    with running_engine(checkpoint, max_running_requests=16) as engine:
+        model, passes = engine.scheduler._model, []
+        original = model.prefill
+        model.prefill = lambda ids, *rest: passes.append(len(ids)) or original(ids, *rest)
+        params = [{"max_new_tokens": 5 + i, "ignore_eos": True} for i in range(48)]
+        job = engine.generate(input_ids=[[4 + i % 40, 3 + i // 40] for i in range(48)], sampling_params=params)
+        assert [len(row.output_ids) for row in job.rows] == [5 + i for i in range(48)]
+        assert passes == [16] + [2] * 16
+        one = engine.submit(input_ids=[5], sampling_params=LONG)
+        _wait_until(lambda: _stats(engine)["num_running_reqs"] == 1)
+        assert len(engine.generate(input_ids=[6], sampling_params={"max_new_tokens": 1}).rows[0].output_ids) == 1
+        assert not one.done(), "where there is room for all, a single row joins at once"
+
+
+@pytest.mark.parametrize(("options", "rows"), [({}, 256), ({"enable_deterministic_inference": True}, 128)])
+def test_rows_decoded_together_by_default(checkpoint, options, rows):
+    engine = InProcessEngine(checkpoint, max_running_requests=None, max_total_tokens=1 << 16, **options)
+    assert engine.scheduler.limits.max_running_requests == rows
 
 
 def test_requests_beyond_the_cache_wait_and_are_served(checkpoint):
