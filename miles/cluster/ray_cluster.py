@@ -56,6 +56,8 @@ def secure_environment() -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray would start a worker for each core ahead; actors with an environment of their own cannot use them.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""A part of a running system dies or hangs: the run ends with one error that says which part, and why."""
+"""A part of a running system dies or hangs: the run ends with one error that says which part, and why.
+
+More deaths, and what the same command makes of them, are in tests/integration/kill.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,6 @@ STOPPED = r"\(pid \d+\), got no sign of life since [\d:]+ while the driver waite
 @pytest.mark.parametrize(
     ("title", "sig", "overrides", "expected"),
     [
-        (
-            "ray::RolloutManager",
-            "SIGKILL",
-            {},
-            r"error: ProcessDied: process rollout-manager, got its end while the run wait",
-        ),
         (
             "miles.engines.embedded",
             "SIGKILL",

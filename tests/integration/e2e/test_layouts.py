@@ -21,7 +21,12 @@ if "miles.observe.trackers" in sys.orig_argv:
 
 @pytest.mark.timeout(400)
 def test_two_ranks_and_two_engines_train_as_one_of_each(task, tmp_path):
-    common = {"deterministic_mode": True, "num_rollout": 3, "check_weight_update_equal": True}
+    common = {
+        "deterministic_mode": True,
+        "num_rollout": 2,
+        "check_weight_update_equal": True,
+        "update_weight_buffer_size": 600_000,
+    }
     one = train(flags(task, **common), tmp_path / "one").check()
     two = train(
         flags(task, **common, actor_num_gpus_per_node=2, rollout_num_gpus=2, balance_data=True), tmp_path / "two"
@@ -33,6 +38,12 @@ def test_two_ranks_and_two_engines_train_as_one_of_each(task, tmp_path):
     assert [s["tokens"] for s in one.samples(0)] == [s["tokens"] for s in two.samples(0)], (
         "which engine must not matter"
     )
+    assert min(one.series("perf/update_weights_check_time")) > 0
+    bucket_bytes = [
+        a / b
+        for a, b in zip(*map(one.series, ("perf/update_weights_bytes", "perf/update_weights_buckets")), strict=True)
+    ]
+    assert max(bucket_bytes) <= 600_000
     for other in (two, colocated):
         # Rollouts after the first come from weights that differ by float rounding, hence only the first is compared.
         for key in ("train/loss", "train/pg_loss", "train/grad_norm", "train/entropy", "rollout/raw_reward"):

@@ -32,6 +32,14 @@ def manager(model, tmp_path, monkeypatch) -> Any:
     return make
 
 
+async def test_the_flags_of_requests_reach_the_engines_client(manager):
+    actor = manager(sglang_server_concurrency=3, sglang_request_timeout=7.5)
+    await actor.start([EngineAddress("engine-0", "http://127.0.0.1:1", "t")], 1, {})
+    assert actor._pool._concurrency == 3
+    assert [client.timeouts.generate_s for client in actor._pool.engines] == [7.5]
+    await actor.close()
+
+
 async def test_an_engine_that_was_replaced_while_the_manager_started_has_its_new_address(manager):
     actor = manager()
     gone, here = (EngineAddress("engine-0", f"http://127.0.0.1:{port}", "t") for port in (1, 2))
