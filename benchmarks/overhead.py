@@ -109,13 +109,13 @@ def split(step: dict[str, list[Span]]) -> dict[str, float]:
         # Before the first request, between requests, and what of the rewards came after the last answer.
         "prompts, rewards": total("manager.rollout") - engines,
         "batch": total("manager.batch"),
-        "samples file": total("manager.samples_file"),
-        "trace": total("manager.trace"),
-        "put": total("manager.put"),
+        "manager": last - first - total("manager.rollout") - total("manager.batch"),
         "call manager": total("driver.rollout") - (last - first),
         "call trainers": total("driver.train") - training,
-        "call publish": total("driver.publish") - publication,
-        "metrics, display": total("driver.finish"),
+        "connections": longest("trainer.connected") - publication,
+        "call publish": total("driver.publish") - longest("trainer.connected"),
+        # Samples and traces are written while the trainers work; what is left to wait for is in here.
+        "files, metrics": total("driver.finish"),
     }
     overhead = whole - engines - training - publication
     return {

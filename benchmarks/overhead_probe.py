@@ -51,8 +51,6 @@ def watch_all() -> None:
     from miles.cluster import rollout_manager, trainer_group
     from miles.cluster.app import App
     from miles.engines.pool import EnginePool
-    from miles.observe.report.trace import TokenTexts, TraceFiles
-    from miles.rollout.rewards.scorer import Scorer
     from miles.rollout.rollout import Rollout
     from miles.trainers.megatron.trainer import MegatronTrainer
 
@@ -63,15 +61,10 @@ def watch_all() -> None:
         (App, "finish_step", "driver.finish"),
         (Rollout, "generate", "manager.rollout"),
         (EnginePool, "generate", "manager.engines"),
-        (Scorer, "score", "manager.rewards"),
-        (rollout_manager, "build_train_batches", "manager.batch"),
-        (rollout_manager, "save_rollout_samples", "manager.samples_file"),
-        (rollout_manager, "choose_samples", "manager.trace"),
-        (TokenTexts, "pieces", "manager.trace"),
-        (TraceFiles, "write_rollout", "manager.trace"),
-        (rollout_manager.ray, "put", "manager.put"),
-        (rollout_manager, "Generated", "manager.end"),
+        (rollout_manager, "build_batches", "manager.batch"),
+        (rollout_manager, "choose_samples", "manager.end"),  # all but the last lines of the call
         (MegatronTrainer, "train", "trainer.train"),
+        (trainer_group, "_publish", "trainer.connected"),
         (trainer_group, "publish", "trainer.publish"),
     ):
         watch(owner, name, part)

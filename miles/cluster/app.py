@@ -285,7 +285,8 @@ class App:
         return evaluate
 
     def finish_step(self, step: int) -> None:
-        """Writes the step's line of metrics."""
+        """Writes the step's line of metrics, after all other files of the step."""
+        self.rollout_manager.wait_for_samples()
         times = {
             **self.recovery.take_metrics(),
             **self.timers.take(),

@@ -2,6 +2,7 @@
 
     generate(i): source -> engines -> rewards -> filter -> TrainBatch per data-parallel rank (object store)
                  and the source's state after it, kept until the checkpoint of rollout i is written
+    write_samples(i): its samples and traces to the run directory, while the trainers train on it
 
 What a checkpoint says was consumed is what was trained: `state_after(i)` is the source as it was when rollout i was
 complete, however far it was read since.
@@ -22,7 +23,6 @@ from miles.config import Config, args_view, import_plugins, job_of
 from miles.data import (
     PromptData,
     RolloutDataSource,
-    TrainBatches,
     build_batches,
     load_rollout_samples,
     load_tokenizer,
@@ -34,7 +34,7 @@ from miles.errors import CheckpointError
 from miles.observe import RunDir, open_process_log
 from miles.observe.report.trace import MAX_TOKENS, TokenTexts, TracedSample, TraceFiles, choose_samples
 from miles.rollout import DatasetRollout, LogHooks, Rollout, channels_of, load_eval_rows
-from miles.types import RolloutOutput, WeightVersion
+from miles.types import RolloutOutput, Sample, WeightVersion
 
 from .actors import Beat, actor, all_stacks, control, sign_of_life
 from .engine_group import EngineAddress
@@ -58,6 +58,15 @@ class Generated:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Unwritten:
+    """A rollout whose files are not written yet."""
+
+    output: RolloutOutput
+    advantages: list[float | None]
+    traced: list[tuple[int, Sample]]
+
+
 class RolloutManagerActor:
     """See the module's docstring. Async: rewards, requests and filters interleave in one event loop."""
 
@@ -68,6 +77,7 @@ class RolloutManagerActor:
         self._log_hooks = LogHooks(config)
         self._progress = (0, 0, 0)
         self._states: dict[int, dict[str, Any]] = {}
+        self._unwritten: dict[int, _Unwritten] = {}
         self._rollout: Rollout | None = None
         self._dataset: DatasetRollout | None = None
         self._eval_shards: dict[str, tuple[ray.ObjectRef, ...]] = {}
@@ -131,10 +141,14 @@ class RolloutManagerActor:
         Returns by name how many samples are sent again, of engines that have been replaced.
         """
         self._engines = engines
+        self._hold(version)
         if self._pool is None:
             return {}
-        self._pool.version = version
         return {engine.name: await self._pool.replace(self._client(engine)) for engine in engines}
+
+    def _hold(self, version: WeightVersion | None) -> None:
+        if self._pool is not None:
+            self._pool.version = version
 
     async def take_out_engine(self, name: str, why: str) -> None:
         """It is dead: nothing is asked of it until `use_engines` says where another one is."""
@@ -144,7 +158,12 @@ class RolloutManagerActor:
     def _note_progress(self, done: int, total: int, tokens: int) -> None:
         self._progress = (done, total, tokens)
 
-    async def generate(self, rollout_id: int) -> Generated:
+    async def generate(self, rollout_id: int, version: WeightVersion | None) -> tuple[Any, ...]:
+        """A `TrainBatch` for each data-parallel rank, and the rollout's metrics. The engines hold `version`.
+
+        `write_samples` has to follow.
+        """
+        self._hold(version)
         started = time.perf_counter()
         output = await self._make(rollout_id)
         generated = time.perf_counter()
@@ -159,8 +178,10 @@ class RolloutManagerActor:
         if self.source is not None:
             self._states[rollout_id] = {"source": self.source.state_dict()}
             self._states.pop(rollout_id - STATES_KEPT, None)
-        self._keep(rollout_id, output)
-        self._trace(rollout_id, output, built)
+        traced = choose_samples(output.groups, built.advantages, self.config.tracking.report_samples)
+        for batch in built.batches:
+            batch.metadata["traced"] = [position for position, _ in traced]
+        self._unwritten[rollout_id] = _Unwritten(output, built.advantages, traced)
         tokens = sum(s.response_length for group in output.groups for s in group)
         metrics = {
             **output.metrics,
@@ -169,9 +190,11 @@ class RolloutManagerActor:
             "perf/rollout_tokens_per_s": tokens / max(generated - started, 1e-9),
             "perf/batch_time": time.perf_counter() - generated,
         }
-        samples = [sample for group in output.groups for sample in group]
-        metrics = await self._log_hooks.rollout(rollout_id, samples, metrics, generated - started)
-        return Generated(tuple(ray.put(batch) for batch in built.batches), metrics)
+        if self._log_hooks.has_rollout:
+            await self.write_samples(rollout_id)  # as they are, whatever the hook does to them
+            samples = [sample for group in output.groups for sample in group]
+            metrics = await self._log_hooks.rollout(rollout_id, samples, metrics, generated - started)
+        return *built.batches, metrics
 
     async def _make(self, rollout_id: int) -> RolloutOutput:
         if template := self.config.debug.load_debug_rollout_data:
@@ -199,31 +222,29 @@ class RolloutManagerActor:
         """Data set -> one `TrainBatch` for each data-parallel rank, where evaluations are made by the trainers."""
         return self._eval_shards
 
-    def _keep(self, rollout_id: int, output: RolloutOutput) -> None:
-        save_rollout_samples(self.run_dir.samples / f"rollout_{rollout_id:06d}.jsonl", output.groups)
-        if template := self.config.debug.save_debug_rollout_data:
-            save_rollout_samples(Path(template.format(rollout_id=rollout_id)), output.groups)
-
-    def _trace(self, rollout_id: int, output: RolloutOutput, built: TrainBatches) -> None:
-        """Keeps, of a few samples, what the report shows token by token, and asks the trainers for their part."""
-        chosen = choose_samples(output.groups, built.advantages, self.config.tracking.report_samples)
-        if not chosen:
+    async def write_samples(self, rollout_id: int) -> None:
+        """The samples of the rollout, and of a few what the report shows token by token. Nothing where it was done."""
+        if (kept := self._unwritten.pop(rollout_id, None)) is None:
             return
-        samples = [
-            TracedSample(
-                position,
-                built.advantages[position],
-                self._texts.pieces(sample.tokens[sample.prompt_length :][:MAX_TOKENS]),
-            )
-            for position, sample in chosen
-        ]
-        self._traces.write_rollout(rollout_id, samples)
-        for batch in built.batches:
-            batch.metadata["traced"] = [position for position, _ in chosen]
+        groups = kept.output.groups
+        save_rollout_samples(self.run_dir.samples / f"rollout_{rollout_id:06d}.jsonl", groups)
+        if template := self.config.debug.save_debug_rollout_data:
+            save_rollout_samples(Path(template.format(rollout_id=rollout_id)), groups)
+        if kept.traced:
+            samples = [
+                TracedSample(
+                    position,
+                    kept.advantages[position],
+                    self._texts.pieces(sample.tokens[sample.prompt_length :][:MAX_TOKENS]),
+                )
+                for position, sample in kept.traced
+            ]
+            self._traces.write_rollout(rollout_id, samples)
 
-    async def evaluate(self, rollout_id: int) -> dict[str, float]:
-        """Scores every evaluation set with the weights that the engines hold now."""
+    async def evaluate(self, rollout_id: int, version: WeightVersion | None) -> dict[str, float]:
+        """Scores every evaluation set with the weights that the engines hold now, which are `version`."""
         assert self._rollout is not None
+        self._hold(version)
         started = time.perf_counter()
         output = await self._rollout.evaluate(rollout_id)
         for name, samples in output.samples_by_dataset.items():
@@ -276,6 +297,10 @@ class RolloutManager:
         self.process = Process("rollout-manager", handle, run_dir.logs / "rollout-manager.log")
         self.on_progress = lambda done, total, tokens: None
         self.look: Look | None = None
+        self._dp_size = 1
+        self._engines: list[EngineAddress] = []
+        self._version: WeightVersion | None = None
+        self._writing: tuple[int, ray.ObjectRef] | None = None
 
     def _wait(self, ref: ray.ObjectRef, what: str, *, limit_s: float | None = None, watch: bool = False) -> Any:
         progress = self._poll_progress if watch else None
@@ -292,6 +317,7 @@ class RolloutManager:
         return done, total, tokens
 
     def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
+        self._engines, self._dp_size = list(engines), dp_size
         self._wait(
             self.process.handle.start.remote(list(engines), dp_size, state),
             "the rollout manager to start",
@@ -299,8 +325,17 @@ class RolloutManager:
         )
 
     def use_engines(self, engines: Sequence[EngineAddress], version: WeightVersion | None) -> dict[str, int]:
+        """All engines hold `version` now, and are where `engines` says.
+
+        Returns by name how many samples are sent again, of engines that have been replaced. Where none has, the version is told
+        with the next call that needs it.
+        """
+        self._version = version
+        if self._engines == list(engines):
+            return {}
+        self._engines = list(engines)
         return self._wait(
-            self.process.handle.use_engines.remote(list(engines), version), "the rollout manager to meet the engines"
+            self.process.handle.use_engines.remote(self._engines, version), "the rollout manager to meet the engines"
         )
 
     def take_out_engine(self, name: str, why: str) -> None:
@@ -308,10 +343,23 @@ class RolloutManager:
         self.process.handle.take_out_engine.remote(name, why)
 
     def generate(self, rollout_id: int) -> Generated:
-        return self._wait(self.process.handle.generate.remote(rollout_id), f"rollout {rollout_id}", watch=True)
+        """The rollout. Its files are written meanwhile: `wait_for_samples` before it counts as done."""
+        handle = self.process.handle
+        # Results of the call, not objects that it puts: the driver owns them, and small ones travel inside the messages.
+        *shards, metrics = handle.generate.options(num_returns=self._dp_size + 1).remote(rollout_id, self._version)
+        metrics = self._wait(metrics, f"rollout {rollout_id}", watch=True)
+        self._writing = rollout_id, handle.write_samples.remote(rollout_id)
+        return Generated(tuple(shards), metrics)
+
+    def wait_for_samples(self) -> None:
+        """Returns once the samples of the last rollout are on disk."""
+        if self._writing is not None:
+            (rollout_id, written), self._writing = self._writing, None
+            self._wait(written, f"the samples of rollout {rollout_id} to be written")
 
     def evaluate(self, rollout_id: int) -> dict[str, float]:
-        return self._wait(self.process.handle.evaluate.remote(rollout_id), f"evaluation {rollout_id}", watch=True)
+        call = self.process.handle.evaluate.remote(rollout_id, self._version)
+        return self._wait(call, f"evaluation {rollout_id}", watch=True)
 
     def evaluation_shards(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
         return self._wait(self.process.handle.evaluation_shards.remote(), "the rows of the evaluations")

@@ -22,7 +22,7 @@ import ray
 from miles.errors import MilesError, ProcessDied, WaitTimeout
 from miles.observe import tail
 from miles.observe.memory import resident_bytes
-from miles.observe.vitals import Vitals, describe, end, end_group, vitals
+from miles.observe.vitals import Vitals, describe, end, end_group, is_well, vitals
 
 from .actors import Beat
 from .waits import Process, clock, died
@@ -202,6 +202,9 @@ class Supervisor:
     def _look_at_ray(self, now: float, waiting: str) -> None:
         """Ray's own processes on this machine, where the run started them: they answer nobody when they are stopped."""
         for pid, name in self._ray.items():
+            if is_well(pid):
+                self._ray_well_at[pid] = now
+                continue
             state = vitals(pid)
             if state.state == "gone":
                 raise ProcessDied(

@@ -50,6 +50,8 @@ class TrainerActor:
         self.config, self.rank = config, rank
         self._loop = asyncio.new_event_loop()
         self._transport: SharedMemoryTransport | None = None
+        self._clients: dict[str, EngineClient] = {}
+        """By name of the engine, with connections that last from one publication to the next."""
 
     def rendezvous(self) -> tuple[str, int]:
         """An address of this node and a free port on it, for rank 0's process group."""
@@ -97,7 +99,16 @@ class TrainerActor:
             return None
         if self._transport is None:
             self._transport = SharedMemoryTransport()
-        return self._loop.run_until_complete(_publish(self.config, weights, engines, self._transport, version))
+        clients = [self._client(engine) for engine in engines]
+        return self._loop.run_until_complete(_publish(self.config, weights, clients, self._transport, version))
+
+    def _client(self, engine: EngineAddress) -> EngineClient:
+        known = self._clients.get(engine.name)
+        if known is None or known.url != engine.url:
+            if known is not None:
+                self._loop.run_until_complete(known.close())
+            known = self._clients[engine.name] = EngineClient(engine.name, engine.url, engine.token)
+        return known
 
     def save(self, directory: str, iteration: int, extra: dict[str, Any]) -> None:
         self.trainer.save(directory, iteration, extra)
@@ -121,22 +132,24 @@ class TrainerActor:
 async def _publish(
     config: Config,
     weights: Iterator[tuple[str, torch.Tensor]],
-    engines: Sequence[EngineAddress],
+    engines: Sequence[EngineClient],
     transport: SharedMemoryTransport,
     version: WeightVersion,
 ) -> PublishStats:
-    clients = [EngineClient(e.name, e.url, e.token) for e in engines]
+    # What happened to the connections since the last publication, such as their end, is noticed here.
+    await asyncio.sleep(0)
     try:
         return await publish(
             weights,
-            clients,
+            engines,
             transport,
             version,
             config.cluster.update_weight_buffer_size,
             check_equal=config.debug.check_weight_update_equal,
         )
-    finally:
-        await asyncio.gather(*(client.close() for client in clients))
+    except BaseException:
+        await asyncio.gather(*(engine.close() for engine in engines))
+        raise
 
 
 class TrainerGroup:

@@ -150,8 +150,8 @@ def _sample(prompt: Prompt, group_index: int, index: int) -> Sample:
     return Sample(
         group_index=group_index,
         index=index,
-        prompt=copy.deepcopy(prompt.prompt),
+        prompt=prompt.prompt if isinstance(prompt.prompt, str) else copy.deepcopy(prompt.prompt),
         tokens=list(prompt.tokens),
-        label=copy.deepcopy(prompt.label),
-        metadata=copy.deepcopy(prompt.metadata),
+        label=prompt.label if isinstance(prompt.label, str) else copy.deepcopy(prompt.label),
+        metadata=copy.deepcopy(prompt.metadata) if prompt.metadata else {},
     )

@@ -51,6 +51,15 @@ def vitals(pid: int) -> Vitals:
     return Vitals(_state_of(states), ticks / os.sysconf("SC_CLK_TCK"), time.monotonic())
 
 
+def is_well(pid: int) -> bool:
+    """Whether it is there and not stopped, by its first thread alone: signals stop all threads of a process. One short read."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split(maxsplit=1)[0]
+    except OSError:
+        return False
+    return state not in "TtZX"
+
+
 def _state_of(threads: list[str]) -> State:
     if all(state in "ZX" for state in threads):
         return "gone"

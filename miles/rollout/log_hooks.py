@@ -37,6 +37,11 @@ class LogHooks:
             for name, (path, flag, parameters, is_async) in log_hook_flags(config).items()
         }
 
+    @property
+    def has_rollout(self) -> bool:
+        """Whether there is one for training rollouts, and it was not switched off."""
+        return "rollout" in self._hooks
+
     async def rollout(
         self, rollout_id: int, samples: Sequence[Sample], metrics: Mapping[str, float], rollout_time_s: float
     ) -> dict[str, float]:

@@ -11,7 +11,6 @@ log-probs) and what the world answered (not trained):
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 
 from miles.errors import HookError
@@ -20,16 +19,15 @@ from miles.types import Sample, Status
 
 def clone(sample: Sample) -> Sample:
     """A copy whose lists and dicts are its own."""
-    return dataclasses.replace(
-        sample,
-        tokens=list(sample.tokens),
-        loss_mask=None if sample.loss_mask is None else list(sample.loss_mask),
-        rollout_log_probs=None if sample.rollout_log_probs is None else list(sample.rollout_log_probs),
-        weight_versions=list(sample.weight_versions),
-        metadata=copy.deepcopy(sample.metadata),
-        train_metadata=copy.deepcopy(sample.train_metadata),
-        reward=copy.deepcopy(sample.reward),
-    )
+    clone = copy.copy(sample)
+    clone.tokens = list(sample.tokens)
+    clone.loss_mask = None if sample.loss_mask is None else list(sample.loss_mask)
+    clone.rollout_log_probs = None if sample.rollout_log_probs is None else list(sample.rollout_log_probs)
+    clone.weight_versions = list(sample.weight_versions)
+    clone.metadata = copy.deepcopy(sample.metadata) if sample.metadata else {}
+    clone.train_metadata = copy.deepcopy(sample.train_metadata)
+    clone.reward = copy.deepcopy(sample.reward)
+    return clone
 
 
 def append_generated(sample: Sample, token_ids: Sequence[int], log_probs: Sequence[float], text: str) -> None:

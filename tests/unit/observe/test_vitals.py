@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from miles.observe.vitals import Vitals, describe, end, end_group, vitals
+from miles.observe.vitals import Vitals, describe, end, end_group, is_well, vitals
 
 
 @contextlib.contextmanager
@@ -41,15 +41,19 @@ def test_asleep_stopped_and_gone():
         before = vitals(process.pid)
         assert not vitals(process.pid).is_busy(before)
         assert "frozen" in describe(process.pid, before)
+        assert is_well(process.pid)
         process.send_signal(signal.SIGSTOP)
         until(lambda: vitals(process.pid).state == "stopped")
         stopped = vitals(process.pid)
         assert not stopped.is_busy(before)
         assert "stopped by a signal" in describe(process.pid, stopped)
+        assert not is_well(process.pid)
         end(process.pid)
         until(lambda: vitals(process.pid).state == "gone")  # a zombie as yet
+        assert not is_well(process.pid)
         assert process.wait() == -signal.SIGKILL
     assert vitals(process.pid).state == "gone"
+    assert not is_well(process.pid)
     end(process.pid)
 
 
