@@ -22,21 +22,34 @@ from .weights import Layer, Parameters
 
 @dataclass(frozen=True)
 class Scratch:
-    """What layers write one after the other. Kept from step to step: memory that is still in the core's caches."""
+    """What layers write one after the other, and the views that they need of it.
+
+    Kept from step to step: memory that is still in the core's caches, and views that are made once.
+    """
 
     normed: torch.Tensor
     """[rows, H]"""
     qkv: torch.Tensor
     """[rows, (heads + 2 * kv_heads) * head_dim]"""
+    heads: torch.Tensor
+    """[rows, heads + 2 * kv_heads, head_dim], a view of qkv"""
+    rotated: torch.Tensor
+    """[rows, heads + kv_heads, head_dim], queries and keys: a view of qkv"""
     gate_up: torch.Tensor
     """[rows, 2 * intermediate]"""
+    gate: torch.Tensor
+    up: torch.Tensor
+    """[rows, intermediate] each, views of gate_up"""
 
     @staticmethod
     def like(config: ModelConfig, x: torch.Tensor) -> Scratch:
         """For as many rows as the hidden states `x` `[rows, H]` have."""
-        qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        widths = (config.hidden_size, qkv, 2 * config.intermediate_size)
-        return Scratch(*(x.new_empty(len(x), width) for width in widths))
+        rows, num_rotated = x.shape[0], config.num_heads + config.num_kv_heads
+        qkv = x.new_empty(rows, (num_rotated + config.num_kv_heads) * config.head_dim)
+        heads = qkv.view(rows, -1, config.head_dim)
+        gate_up = x.new_empty(rows, 2 * config.intermediate_size)
+        gate, up = gate_up.chunk(2, -1)
+        return Scratch(torch.empty_like(x), qkv, heads, heads[:, :num_rotated], gate_up, gate, up)
 
 
 class DecoderModel:
@@ -66,7 +79,8 @@ class DecoderModel:
         cos, sin = self._rope[:length].repeat(num_prompts, 1)[:, None].chunk(2, -1)
         scratch = Scratch.like(c, x)
         for i, layer in enumerate(self.parameters.layers):
-            qkv = self._qkv(layer, x, cos, sin, scratch).view(num_prompts, length, -1, c.head_dim).transpose(1, 2)
+            self._qkv(layer, x, cos, sin, scratch)
+            qkv = scratch.heads.view(num_prompts, length, -1, c.head_dim).transpose(1, 2)
             queries, keys, values = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
             cache.store(i, first_row, sources, keys, values)
             attended = F.scaled_dot_product_attention(
@@ -80,40 +94,35 @@ class DecoderModel:
         num_heads = self.config.num_heads
         torch.index_select(self.parameters.embedding, 0, token_ids, out=x)
         cos, sin = self._rope.index_select(0, plan.positions)[:, None].chunk(2, -1)
-        if self._scratch is None or len(self._scratch.normed) != len(x):
-            self._scratch = Scratch.like(self.config, x)
+        scratch = self._scratch
+        if scratch is None or scratch.normed.shape != x.shape:
+            scratch = self._scratch = Scratch.like(self.config, x)
+        queries, keys_values = scratch.heads[:, :num_heads], scratch.heads[:, num_heads:]
         for i, layer in enumerate(self.parameters.layers):
-            qkv = self._qkv(layer, x, cos, sin, self._scratch)
-            cache.append(i, plan, qkv[:, num_heads:])
-            self._finish_layer(layer, x, cache.attend(i, plan, qkv[:, :num_heads]), self._scratch)
+            self._qkv(layer, x, cos, sin, scratch)
+            cache.append(i, plan, keys_values)
+            self._finish_layer(layer, x, cache.attend(i, plan, queries), scratch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[*, H]` -> `[*, vocab]` float32."""
         normed = self._norm(hidden, self.parameters.norm, None)
         return F.linear(normed, self.parameters.head).float()
 
-    def _qkv(
-        self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scratch: Scratch
-    ) -> torch.Tensor:
-        """`[rows, H]` -> `[rows, heads + 2 * kv_heads, head_dim]`, queries and keys normed and rotated."""
-        c = self.config
+    def _qkv(self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scratch: Scratch) -> None:
+        """From `x` `[rows, H]` to `scratch.qkv`, queries and keys normed and rotated."""
         self._norm(x, layer.input_norm, scratch.normed)
         _linear(scratch.normed, layer.qkv, layer.qkv_bias, scratch.qkv)
-        qkv = scratch.qkv.view(len(x), -1, c.head_dim)
-        rotated = qkv[:, : c.num_heads + c.num_kv_heads]
-        qk = rotated
+        qk = scratch.rotated
         if layer.qk_norm is not None:
             qk = self._norm(qk, layer.qk_norm, None)
-        torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin, out=rotated)
-        return qkv
+        torch.addcmul(qk * cos, qk.roll(self.config.head_dim // 2, -1), sin, out=scratch.rotated)
 
     def _finish_layer(self, layer: Layer, x: torch.Tensor, attended: torch.Tensor, scratch: Scratch) -> None:
         """Output projection and MLP, both added to `x` in place."""
         _add_linear(x, attended, layer.o, layer.o_bias)
         self._norm(x, layer.post_norm, scratch.normed)
         _linear(scratch.normed, layer.gate_up, layer.gate_up_bias, scratch.gate_up)
-        gate, up = scratch.gate_up.chunk(2, -1)
-        _add_linear(x, F.silu(gate, inplace=True).mul_(up), layer.down, layer.down_bias)
+        _add_linear(x, F.silu(scratch.gate, inplace=True).mul_(scratch.up), layer.down, layer.down_bias)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, to `out` where given; `weight` broadcasts."""

@@ -48,7 +48,7 @@ class Sampler:
     def sample(self, logits: torch.Tensor) -> Sampled:
         """`logits` `[B or more, V]` float32, changed in place; rows beyond the batch are computed and dropped."""
         batch, features = self._batch, self._batch.features
-        columns = batch.columns[: len(logits)]
+        columns = batch.columns[: logits.shape[0]]
         self._adjust(logits, features)
         temperature = None
         if features & Feature.TEMPERATURE:
