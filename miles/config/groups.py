@@ -250,7 +250,7 @@ class PerfArgs:
 class GrpoArgs:
     """GRPO: Advantages, losses and corrections."""
 
-    loss_type: Literal["policy_loss", "sft_loss", "dpo", "kto", "orpo", "simpo", "cpo"] = "policy_loss"
+    loss_type: Literal["policy_loss", "sft_loss", "dpo", "kto", "orpo", "simpo", "cpo", "rm"] = "policy_loss"
     """What is trained: policy_loss (answers of the engines, by their rewards), sft_loss (conversations of --prompt-data, as they are), dpo, orpo, simpo, cpo (pairs of answers), kto (answers judged good or bad)."""
     advantage_estimator: str = "grpo"
     """Advantage estimator: grpo, gspo (with --policy-loss gspo), rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, ppo (GAE with a critic), gdpo, maxrl, remax, opo, pass_at_k, or one that a --plugin registers; see docs/algorithms.md."""
@@ -376,6 +376,8 @@ class PreferenceArgs:
     """kto: weight of answers judged good."""
     undesirable_weight: float = 1.0
     """kto: weight of answers judged bad."""
+    center_rewards_coefficient: float = 0.0
+    """rm: weight of the squared sum of a pair's scores, which keeps scores around 0; 0.01 is usual."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Job:
 JOBS: dict[str, Job] = {
     "policy_loss": Job("prompts", engines=True, rewards=True),
     "sft_loss": Job("conversations", loss_aggregation="token_mean"),
-    **dict.fromkeys(("dpo", "orpo", "simpo", "cpo"), Job("pairs", preference="pairs")),
+    **dict.fromkeys(("dpo", "orpo", "simpo", "cpo", "rm"), Job("pairs", preference="pairs")),
     "kto": Job("judged", preference="judged"),
 }
 
@@ -84,7 +84,8 @@ POLICY_FLAGS = tuple(field.name for field in dataclasses.fields(GrpoArgs) if fie
 #: Flag -> the loss types that read it, for flags that not every job reads and that are in none of the lists above.
 READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("sft_token_loss", "loss_scale", "channel_key"), ("sft_loss",)),
-    "overlong_rows": ("sft_loss", "dpo", "kto", "orpo", "simpo", "cpo"),
+    "overlong_rows": ("sft_loss", "dpo", "kto", "orpo", "simpo", "cpo", "rm"),
+    "center_rewards_coefficient": ("rm",),
     **dict.fromkeys(("dpo_loss_type", "dpo_loss_weights", "f_divergence", "f_alpha_divergence_coef"), ("dpo",)),
     **dict.fromkeys(("rpo_alpha", "ld_alpha", "discopop_tau"), ("dpo",)),
     "beta": ("dpo", "kto", "orpo", "simpo", "cpo"),

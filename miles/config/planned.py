@@ -408,7 +408,6 @@ ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
 #: Field -> choices that its flag will have -> what they would do.
 PLANNED_CHOICES: Mapping[str, Mapping[str, str]] = {
     "loss_type": {
-        "rm": "training of a reward model",
         "gkd": "distillation from a teacher",
         "custom_loss": "a loss of one's own",
     },

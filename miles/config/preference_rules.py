@@ -11,7 +11,17 @@ from .rule import Facts, Range, Rule, needs
 
 PREFERENCE_RANGES: dict[str, Range] = {
     **dict.fromkeys(["beta", "discopop_tau"], Range(0, open_low=True)),
-    **dict.fromkeys(["rpo_alpha", "simpo_gamma", "cpo_alpha", "desirable_weight", "undesirable_weight"], Range(0)),
+    **dict.fromkeys(
+        [
+            "center_rewards_coefficient",
+            "rpo_alpha",
+            "simpo_gamma",
+            "cpo_alpha",
+            "desirable_weight",
+            "undesirable_weight",
+        ],
+        Range(0),
+    ),
     **dict.fromkeys(["ld_alpha"], Range(0, 1)),
     **dict.fromkeys(["f_alpha_divergence_coef"], Range(-float("inf"))),
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from miles.algo import PolicyLossSpec, policy_loss
 from miles.algo.kto import kto, kto_rows
-from miles.algo.preference import COUPLED, cpo, dpo, dpo_of_pairs, orpo, pair_slopes, simpo
+from miles.algo.preference import COUPLED, cpo, dpo, dpo_of_pairs, orpo, pair_slopes, reward_model, simpo
 from miles.algo.preference_spec import PreferenceSpec
 from miles.algo.sequences import Pairs, Rows, pairs_of
 from miles.algo.supervised import sft_loss
@@ -39,6 +39,8 @@ class Loss:
     """Those before the first optimizer step, where a rollout has several."""
     needs_reference: bool = False
     """Log-probs of the frozen reference."""
+    of_scores: bool = False
+    """Looks at the scores that a head of one number gives whole rows, in place of tokens' log-probs."""
     coupled: Coupled | None = None
     """Given where the loss of a pair depends on the other pairs of its optimizer step."""
     baseline_rows: Callable[[LossInputs], Rows] | None = None
@@ -111,6 +113,10 @@ def _kto(config: Config) -> Loss:
     )
 
 
+def _rm(config: Config) -> Loss:
+    return Loss(functools.partial(reward_model, spec=preference_spec(config)), of_scores=True)
+
+
 def _of_pairs(function: Callable[[LossInputs, PreferenceSpec], LossOutputs]) -> Callable[[Config], Loss]:
     """A loss of pairs without a reference."""
 
@@ -129,4 +135,5 @@ LOSSES: Mapping[str, Callable[[Config], Loss]] = {
     "orpo": _of_pairs(orpo),
     "simpo": _of_pairs(simpo),
     "cpo": _of_pairs(cpo),
+    "rm": _rm,
 }

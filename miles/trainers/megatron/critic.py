@@ -10,16 +10,11 @@ made where its log-prob is. What it costs is the memory of a second model and op
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from miles.algo import Metric, critic_loss, merge_metrics
 from miles.config.groups import Config, OptimizerArgs
 from miles.errors import CheckpointError
 from miles.trainers import checkpoints
@@ -28,65 +23,11 @@ from . import checkpoint, cpu
 from .hf_files import is_hf_directory, write_hf_directory
 from .hf_names import NameMap
 from .learner import Learner
-from .model import ScalarModel, build_scalar_model, params_dtype
+from .model import build_scalar_model, params_dtype
 from .model_weights import ModelWeights
 from .packing import MicroBatch
 from .parallel import Parallel
-from .step import run_micro_batches
-
-
-class ValuePasses:
-    """Runs micro-batches through a scalar model. Every rank calls the same method with equally many micro-batches."""
-
-    def __init__(self, model: DistributedDataParallel, parallel: Parallel):
-        self._model, self._parallel = model, parallel
-        self._scalar: ScalarModel = model.module
-
-    def values(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
-        """hidden [T, 1, H] (or this rank's piece of T, with sequence parallelism) -> [R], the value before each response token.
-
-        The head is whole on every tensor-parallel rank, so what flows back is the same on all of them: nothing is summed.
-        """
-        if self._parallel.sizes.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self._parallel.groups.tp
-            )
-        return self._scalar.values(hidden.squeeze(1).index_select(0, batch.predictors))
-
-    @torch.no_grad()
-    def score(self, micro_batches: Sequence[MicroBatch], num_tokens: int) -> Tensor:
-        """Values of all response tokens, in the batch's order: [num_tokens]. Zeros where no micro-batch has the token."""
-        found = torch.zeros(num_tokens, device=self._parallel.device)
-
-        def collect(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> None:
-            found[batch.slots] = self.values(batch, hidden)
-
-        run_micro_batches(self._model, micro_batches, collect, forward_only=True)
-        return found
-
-    def loss_and_gradients(
-        self, micro_batches: Sequence[MicroBatch], old_values: Tensor, returns: Tensor, *, clip: float | None
-    ) -> dict[str, Metric]:
-        """Adds the gradients of one optimizer step into the model's buffers; returns this rank's metrics, see `critic_loss`.
-
-        old_values, returns: [response tokens of the batch].
-        """
-
-        def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            outputs = critic_loss(
-                self.values(batch, hidden),
-                old_values[batch.slots],
-                returns[batch.slots],
-                batch.loss_mask,
-                batch.token_weights,
-                clip=clip,
-            )
-            # Megatron would divide by this count; our denominators are in the weights already.
-            return outputs.loss, torch.zeros((), dtype=torch.int), outputs.metrics
-
-        return functools.reduce(
-            merge_metrics, run_micro_batches(self._model, micro_batches, loss, forward_only=False), {}
-        )
+from .scores import ValuePasses
 
 
 class Critic:

@@ -11,6 +11,7 @@ Legend: `T` input tokens of the micro-batch, `R` response tokens, `B` rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -94,6 +95,16 @@ def pack(batch: TrainBatch, device: torch.device, *, share_prompts: bool) -> lis
             "response: its first token has nothing to be predicted from; give every prompt at least one token"
         )
     return [[_pack_rows(batch, rows, device, share_prompts) for rows in step] for step in batch.steps]
+
+
+def with_last_inputs(batch: TrainBatch) -> TrainBatch:
+    """The batch with one token more in each response, that is not trained on: so a row's own last token becomes an input, and
+    the row has a prediction after it. Only for what reads no targets."""
+    ends = {"tokens": np.cumsum(batch.rows["total_lengths"])}
+    of_responses = np.cumsum(batch.rows["response_lengths"])
+    lengths = {name: batch.rows[name] + 1 for name in ("total_lengths", "response_lengths")}
+    ragged = {name: np.insert(column, ends.get(name, of_responses), 0) for name, column in batch.ragged.items()}
+    return dataclasses.replace(batch, rows=batch.rows | lengths, ragged=ragged)
 
 
 def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_prompts: bool) -> MicroBatch:

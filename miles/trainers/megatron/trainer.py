@@ -36,12 +36,13 @@ from .critic import Critic
 from .hf_files import read_config, write_hf_directory
 from .hf_names import NameMap, Shape
 from .learner import Learner, NonFiniteStep, reduce_metrics
-from .model import build_model, padded_vocab_size, params_dtype, shares_prompts
+from .model import build_model, build_scalar_model, padded_vocab_size, params_dtype, shares_prompts
 from .model_weights import ModelWeights
-from .packing import MicroBatch, pack, split_rows, traced_log_probs
+from .packing import MicroBatch, pack, split_rows, traced_log_probs, with_last_inputs
 from .parallel import Parallel
 from .preparation import critic_advantages, entropy_mask, token_advantage_spec, token_advantages
 from .roles import ReferenceWeights
+from .scores import ScorePasses
 from .step import KnownLogProbs, Mismatched, Passes
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class MegatronTrainer:
         self.traced: dict[int, np.ndarray] = {}
         """Log-probs, before the first update, of the samples that the last batch had traced; see `traced_log_probs`."""
         self._total_steps = total_optimizer_steps
+        self._loss = build_loss(config)
         if config.cluster.deterministic_mode:
             _deterministic_kernels()
         backend = config.cluster.distributed_backend
@@ -92,7 +94,8 @@ class MegatronTrainer:
             self.dtype = params_dtype(self.parallel.device)
             self._names = _name_map(config, self.parallel)
             with cpu.cuda_means_cpu():
-                self._model = build_model(config, self.parallel)
+                build = build_scalar_model if self._loss.of_scores else build_model
+                self._model = build(config, self.parallel)
             tied = not config.model.untie_embeddings_and_output_weights
             self._weights = ModelWeights(self._model, self._names, self.parallel, tied=tied)
             self._critic: Critic | None = None
@@ -102,7 +105,6 @@ class MegatronTrainer:
             self.close()
             raise
         self._share_prompts = shares_prompts(config, self.parallel.device)
-        self._loss = build_loss(config)
         self._reference: ReferenceWeights | None = None
         self._timers = Timers()
 
@@ -154,6 +156,10 @@ class MegatronTrainer:
         self._actor = Learner(
             self._model, config.optimizer, self.parallel, total_steps=max(1, self._total_steps - extra)
         )
+        self._passes: Passes | ScorePasses
+        if self._loss.of_scores:
+            self._passes = ScorePasses(self._actor.ddp, self.parallel, self._loss)
+            return
         self._passes = Passes(
             self._actor.ddp,
             self.parallel,
@@ -170,7 +176,7 @@ class MegatronTrainer:
         loss or a gradient is not finite; DataError where the batch lacks the engine's log-probs and a flag needs them.
         """
         self._check(batch)
-        steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts)
+        steps = self._pack(batch)
         known, prepared = self._prepare(batch, steps)
         per_step: list[dict[str, float]] = [{} for _ in steps]
         if self._critic is not None:
@@ -216,12 +222,18 @@ class MegatronTrainer:
     def evaluate(self, batch: TrainBatch) -> dict[str, float]:
         """The loss of `batch`, one optimizer step, with its metrics and without a gradient. Equal on all ranks."""
         self._check(batch)
-        steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts)
+        steps = self._pack(batch)
         known, _ = self._prepare(batch, steps)
         [micro_batches], [mismatched] = steps, self._mismatched(batch)
         reduced = reduce_metrics(self._passes.evaluate(micro_batches, known, mismatched), self.parallel)
         self._timers.take()
         return finish_metrics(reduced)
+
+    def _pack(self, batch: TrainBatch) -> list[list[MicroBatch]]:
+        """The micro-batches of each optimizer step."""
+        if self._loss.of_scores:
+            batch = with_last_inputs(batch)
+        return pack(batch, self.parallel.device, share_prompts=self._share_prompts)
 
     def _check(self, batch: TrainBatch) -> None:
         if not batch.steps or any(not step for step in batch.steps):
@@ -406,7 +418,9 @@ class MegatronTrainer:
         if source is None:
             raise CheckpointError("--save-hf, got no --hf-checkpoint: config and tokenizer are copied from it; name it")
         if self.parallel.is_main:
-            write_hf_directory(path, self.named_weights(), source=source, dtype=self.dtype)
+            write_hf_directory(
+                path, self.named_weights(), source=source, dtype=self.dtype, one_score=self._loss.of_scores
+            )
         else:
             for _ in self.named_weights():
                 pass

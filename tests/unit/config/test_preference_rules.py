@@ -37,6 +37,7 @@ def _loss(loss_type: str, **flags: Any) -> float:
         rejected_rows=torch.tensor([1, 3, 4]),
         desirable=torch.tensor([True, False, True, False, False, True]),
         kl_baseline=torch.tensor(0.1, dtype=torch.float64),
+        scores=torch.tensor([0.3, -0.2, 1.0, 0.4, -0.6, 0.1], dtype=torch.float64),
     )
     return float(build_loss(make_config(loss_type=loss_type, **flags)).function(inputs).loss)
 
@@ -58,6 +59,7 @@ _FLAGS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "cpo_alpha": ("cpo", {}, 0.1),
     "desirable_weight": ("kto", {}, 1.3),
     "undesirable_weight": ("kto", {}, 0.6),
+    "center_rewards_coefficient": ("rm", {}, 0.5),
 }
 
 
@@ -71,7 +73,7 @@ def test_every_flag_changes_its_loss_and_no_other_job_takes_it(flag: str) -> Non
     loss_type, beside, value = _FLAGS[flag]
     plain = _loss(loss_type, **beside)
     assert _loss(loss_type, **beside, **{flag: value}) != pytest.approx(plain, rel=1e-6)
-    for other in ("dpo", "kto", "orpo", "simpo", "cpo", "policy_loss", "sft_loss"):
+    for other in ("dpo", "kto", "orpo", "simpo", "cpo", "rm", "policy_loss", "sft_loss"):
         if other not in READ_BY[flag]:
             with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}, got .* --loss-type {other} does not"):
                 make_config(loss_type=other, **{flag: value})
