@@ -58,7 +58,7 @@ class Case:
 CASES = {
     "learn4": Case(4, "exact", 5e-4),
     "random4": Case(4, "random", 1e-6),
-    "random64": Case(64, "random", 1e-6, random_model=True, tokens_per_micro_batch=20480),
+    "random64": Case(64, "random", 1e-6, random_model=True),
 }
 
 

@@ -128,7 +128,14 @@ def build_train_batches(
     if channels:
         columns["channel"] = _channels([s for group in groups for s in group], position, channels)
     with_log_probs = _has_rollout_log_probs(kept, config.grpo)
-    plan = plan_rows(kept.total_lengths[sent], step_of_row[sent], num_steps, dp_size, config)
+    plan = plan_rows(
+        kept.total_lengths[sent],
+        step_of_row[sent],
+        num_steps,
+        dp_size,
+        config,
+        group_of_row=kept.group_index[sent],
+    )
     batches = [
         share_of_rank(kept, columns, np.flatnonzero(sent), plan, rank, totals, rollout_id, with_log_probs)
         for rank in range(dp_size)
@@ -363,6 +370,7 @@ def plan_rows(
     config: Config,
     *,
     unit_of_row: np.ndarray | None = None,
+    group_of_row: np.ndarray | None = None,
 ) -> Plan:
     """`plan_batch` as the flags say."""
     max_tokens = None
@@ -377,6 +385,7 @@ def plan_rows(
         step_of_row,
         dp_size,
         unit_of_row=unit_of_row,
+        group_of_row=group_of_row,
         micro_batch_size=config.rollout.micro_batch_size if max_tokens is None else None,
         max_tokens=max_tokens,
         balance=config.rollout.balance_data,

@@ -30,6 +30,7 @@ def plan_batch(
     dp_size: int,
     *,
     unit_of_row: Sequence[int] | np.ndarray | None = None,
+    group_of_row: Sequence[int] | np.ndarray | None = None,
     micro_batch_size: int | None = None,
     max_tokens: int | None = None,
     balance: bool = False,
@@ -40,7 +41,9 @@ def plan_batch(
     lengths: [B] tokens of each row. step_of_row: [B] optimizer step, from 0; num_steps defaults to the largest plus one, and
     a step without rows still has one empty micro-batch a rank. unit_of_row: [B] any number that rows of one unit, which are of
     one step, share; None: every row is one. Exactly one of micro_batch_size (rows) and max_tokens (tokens of a micro-batch) is
-    given; only a unit that alone exceeds it does, and then stands alone.
+    given; only a unit that alone exceeds it does, and then stands alone. group_of_row: [B] rows that gain from one micro-batch,
+    as those of one prompt do, whose tokens are then computed once: with max_tokens those of a rank stay together where that
+    needs no more micro-batches.
     balance=False deals a step's units to the ranks in order, as evenly as counts allow; balance=True evens out tokens: ranks
     of a step differ by at most the longest unit. Raises ValueError on inputs that break these rules.
     """
@@ -70,6 +73,7 @@ def plan_batch(
         raise ValueError(
             "unit_of_row, got a unit with rows of two steps: it is trained on at once; keep it in one step"
         )
+    group_of_unit = None if group_of_row is None else np.asarray(group_of_row, dtype=np.int64)[units.first]
     steps = []
     for step in range(num_steps):
         mine = np.flatnonzero(step_of_unit == step)
@@ -81,7 +85,7 @@ def plan_batch(
             assert micro_batch_size is not None
             micro = [_by_count(own, units.rows, micro_batch_size) for own in units_of_rank]
         else:
-            micro = _by_tokens(units_of_rank, units.tokens, max_tokens)
+            micro = _by_tokens(units_of_rank, units.tokens, max_tokens, group_of_unit)
         # A step without rows is still a step: the optimizer's momentum moves the weights.
         count = max(1, *map(len, micro))
         empty = np.empty(0, dtype=np.int64)
@@ -160,14 +164,31 @@ def _by_count(units: np.ndarray, rows: np.ndarray, size: int) -> list[np.ndarray
     return [units[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
-def _by_tokens(units_of_rank: Sequence[np.ndarray], tokens: np.ndarray, max_tokens: int) -> list[list[np.ndarray]]:
+def _by_tokens(
+    units_of_rank: Sequence[np.ndarray], tokens: np.ndarray, max_tokens: int, group_of_unit: np.ndarray | None
+) -> list[list[np.ndarray]]:
     """Micro-batches under the token budget for each rank of a step: as few as the fullest rank needs, evenly filled."""
     packed = [_first_fit_decreasing(units, tokens[units], max_tokens) for units in units_of_rank]
     count = max(map(len, packed))
     return [
-        _evenly_filled(units, tokens[units], count, max_tokens) or bins
+        (group_of_unit is not None and _whole_groups(units, tokens[units], count, max_tokens, group_of_unit[units]))
+        or _evenly_filled(units, tokens[units], count, max_tokens)
+        or bins
         for units, bins in zip(units_of_rank, packed, strict=True)
     ]
+
+
+def _whole_groups(
+    units: np.ndarray, lengths: np.ndarray, count: int, max_tokens: int, groups: np.ndarray
+) -> list[np.ndarray] | None:
+    """The units in at most `count` bins, those of a group in one; None where the budget does not allow it."""
+    names, group = np.unique(groups, return_inverse=True)
+    sums = np.bincount(group, weights=lengths, minlength=len(names)).astype(np.int64)
+    if not len(sums) or sums.max() > max_tokens:
+        return None
+    parts = _evenly_filled(np.arange(len(names)), sums, count, max_tokens)
+    parts = parts or _first_fit_decreasing(np.arange(len(names)), sums, max_tokens)
+    return [units[np.isin(group, part)] for part in parts] if len(parts) <= count else None
 
 
 def _first_fit_decreasing(units: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:

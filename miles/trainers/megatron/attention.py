@@ -33,8 +33,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .ragged import gather_rows, scatter_rows
-
 #: A block takes sequences down to this share of its longest; the rest open the next block.
 _MIN_FILL = 0.75
 #: Below this length a second block costs more than the padding it saves.
@@ -67,7 +65,15 @@ class Block:
     length: int
     slots: Tensor | None
     """[stop - start] position of each token in the flattened block; None where no token is padding."""
+    inputs: Tensor | None
+    """[rows * (prefix + length)] the packed token at each place of the block with its prefixes in front, any at padding;
+    None where the block is just its tokens."""
     prefixes: Prefixes | None = None
+
+    @property
+    def before(self) -> int:
+        """Tokens in front of each row that are its prefix."""
+        return 0 if self.prefixes is None else self.prefixes.length
 
 
 @dataclass
@@ -78,6 +84,7 @@ class PackedSequences(PackedSeqParams):
     """[T] position of each token in its sequence, prefix included."""
     blocks: tuple[Block, ...] = ()
     _phases: tuple[Tensor, Tensor] | None = None
+    _turns: Tensor | None = None
 
     @classmethod
     def of(
@@ -124,7 +131,9 @@ class PackedSequences(PackedSeqParams):
                 at += block.rows
                 mask = torch.ones(block.length, int(length) + block.length, dtype=torch.bool, device=device)
                 prefix = Prefixes(start, stop, int(length), of_row, mask.tril_(int(length)))
-                blocks.append(replace(block, prefixes=prefix))
+                shared = start + of_row[:, None] * int(length) + torch.arange(int(length), device=device)
+                inputs = torch.cat([shared, _tokens(block, device)], dim=1).flatten()
+                blocks.append(replace(block, prefixes=prefix, inputs=inputs))
         return cls(
             qkv_format="thd",
             cu_seqlens_q=boundaries,
@@ -146,6 +155,13 @@ class PackedSequences(PackedSeqParams):
             self._phases = mine.cos().to(dtype), mine.sin().to(dtype)
         return self._phases
 
+    def turns(self, angles: Tensor) -> Tensor:
+        """The same as complex numbers `cos + i sin`, [T, 1, rotated / 2]."""
+        if self._turns is None:
+            cos, sin = self.phases(angles, torch.float32)
+            self._turns = torch.complex(cos, sin).squeeze(1)
+        return self._turns
+
 
 def _blocks(lengths: np.ndarray, start: int, device: torch.device) -> list[Block]:
     """Blocks of neighbouring sequences, longest first, the first of which begins at token `start`."""
@@ -161,9 +177,19 @@ def _blocks(lengths: np.ndarray, start: int, device: torch.device) -> list[Block
         if mine[-1] < longest:
             padding_before = np.arange(len(mine)) * longest - (np.cumsum(mine) - mine)
             slots = torch.from_numpy(np.arange(stop - start) + np.repeat(padding_before, mine)).to(device)
-        blocks.append(Block(start, stop, len(mine), longest, slots))
+        block = Block(start, stop, len(mine), longest, slots, None)
+        blocks.append(block if slots is None else replace(block, inputs=_tokens(block, device).flatten()))
         first, start = last, stop
     return blocks
+
+
+def _tokens(block: Block, device: torch.device) -> Tensor:
+    """[rows, length] the packed token at each place of a block; at padding, its first."""
+    if block.slots is None:
+        return torch.arange(block.start, block.stop, device=device).view(block.rows, block.length)
+    tokens = torch.full((block.rows * block.length,), block.start, device=device)
+    tokens[block.slots] = torch.arange(block.start, block.stop, device=device)
+    return tokens.view(block.rows, block.length)
 
 
 class PackedSelfAttention(SelfAttention):
@@ -277,30 +303,29 @@ class PackedCoreAttention(torch.nn.Module):
     ) -> Tensor:
         """query [T, N, D], key and value [T, K, D] -> [T, N * D]."""
         assert packed_seq_params is not None, "PackedSelfAttention passes it"
-        tokens = query.shape[0]
         if uses_flash_attn(query.device, self.backend):
-            return self._flash(query, key, value, packed_seq_params).reshape(tokens, -1)
-        kernels = sdpa_kernel(SDPBackend.MATH) if self.backend == "unfused" else nullcontext()
-        with kernels:
-            outputs = [self._block(query, key, value, block) for block in packed_seq_params.blocks]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            return self._flash(query, key, value, packed_seq_params).flatten(1)
+        return self.attend(torch.cat([query, key, value], dim=1), query.shape[1], packed_seq_params)
 
-    def _block(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> Tensor:
-        q, k, v = (_pad(t[block.start : block.stop], block) for t in (query, key, value))
-        mask = None
-        if block.prefixes is not None:
-            k, v = (_after(block.prefixes, whole, own) for whole, own in ((key, k), (value, v)))
-            mask = block.prefixes.mask
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return _unpad(out.transpose(1, 2), block).flatten(1)
+    def attend(self, qkv: Tensor, num_heads: int, sequences: PackedSequences) -> Tensor:
+        """qkv [T, N + 2 K, D], queries then keys then values, `num_heads` N -> [T, N * D]. With torch's kernels."""
+        parts = _Divide.apply(qkv, num_heads, sequences.blocks)
+        outputs = []
+        with sdpa_kernel(SDPBackend.MATH) if self.backend == "unfused" else nullcontext():
+            for i, block in enumerate(sequences.blocks):
+                query, key, value = (part.transpose(1, 2) for part in parts[3 * i : 3 * i + 3])
+                mask = None if block.prefixes is None else block.prefixes.mask
+                out = F.scaled_dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=self.softmax_scale,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+                outputs.append(out.transpose(1, 2))
+        return _Join.apply(sequences.blocks, *outputs)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
         from flash_attn import flash_attn_varlen_func
@@ -328,22 +353,67 @@ def uses_flash_attn(device: torch.device, backend: str) -> bool:
     return device.type == "cuda" and backend in ("auto", "flash") and has_flash_attn()
 
 
-def _after(prefixes: Prefixes, x: Tensor, own: Tensor) -> Tensor:
-    """The prefix of each row before the row's own: x [T, heads, D], own [rows, length, ...] -> [rows, prefix + length, ...]."""
-    # Whole prefixes are copied, so that the gradient adds up long runs and not single tokens.
-    shared = x[prefixes.start : prefixes.stop].reshape(-1, prefixes.length * x.shape[1] * x.shape[2])
-    shared = shared.index_select(0, prefixes.of_row).view(len(own), prefixes.length, *x.shape[1:])
-    return torch.cat([shared, own], dim=1)
+class _Divide(torch.autograd.Function):
+    """[T, N + 2 K, D] -> for each block its queries [rows, length, N, D], then keys and values [rows, prefix + length, K, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.num_heads, ctx.blocks = qkv.shape, num_heads, blocks
+        flat = qkv.reshape(len(qkv), -1)
+        heads = (num_heads, (qkv.shape[1] - num_heads) // 2, (qkv.shape[1] - num_heads) // 2)
+        parts: list[Tensor] = []
+        for block in blocks:
+            own = flat[block.start : block.stop] if block.inputs is None else flat.index_select(0, block.inputs)
+            query, key, value = own.view(block.rows, -1, *qkv.shape[1:]).split(heads, dim=2)
+            parts += (query[:, block.before :], key, value)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        out = grads[0].new_empty(ctx.shape)
+        flat = out.view(len(out), -1)
+        for i, block in enumerate(ctx.blocks):
+            query, key, value = grads[3 * i : 3 * i + 3]
+            before = block.before
+            own = torch.cat([query, key[:, before:], value[:, before:]], dim=2).view(block.rows * block.length, -1)
+            mine = flat[block.start : block.stop]
+            if block.slots is None:
+                mine.copy_(own)
+            else:
+                torch.index_select(own, 0, block.slots, out=mine)
+            if block.prefixes is not None:
+                # A prefix stands before its branches, so what its own block gave is there already. Whole prefixes are
+                # added: long runs and not single tokens.
+                shared = out[block.prefixes.start : block.prefixes.stop, ctx.num_heads :]
+                added = torch.cat([key[:, :before], value[:, :before]], dim=2).reshape(block.rows, -1)
+                total = added.new_zeros(len(shared) // before, added.shape[1]).index_add_(
+                    0, block.prefixes.of_row, added
+                )
+                shared += total.view(shared.shape)
+        return out, None, None
 
 
-def _pad(x: Tensor, block: Block) -> Tensor:
-    """[tokens, heads, D] -> [rows, length, heads, D], zeros where there is no token."""
-    if block.slots is not None:
-        x = scatter_rows(x, block.slots, block.rows * block.length)
-    return x.reshape(block.rows, block.length, *x.shape[1:])
+class _Join(torch.autograd.Function):
+    """What the blocks [rows, length, N, D] hold, without padding, side by side: [T, N * D]."""
 
+    @staticmethod
+    def forward(ctx: Any, blocks: tuple[Block, ...], *outputs: Tensor) -> Tensor:
+        ctx.blocks, ctx.heads = blocks, outputs[0].shape[2:]
+        joined = outputs[0].new_empty(blocks[-1].stop, ctx.heads.numel())
+        for block, output in zip(blocks, outputs, strict=True):
+            rows, mine = output.reshape(block.rows * block.length, -1), joined[block.start : block.stop]
+            if block.slots is None:
+                mine.copy_(rows)
+            else:
+                torch.index_select(rows, 0, block.slots, out=mine)
+        return joined
 
-def _unpad(x: Tensor, block: Block) -> Tensor:
-    """Inverse of `_pad`."""
-    x = x.reshape(block.rows * block.length, *x.shape[2:])
-    return x if block.slots is None else gather_rows(x, block.slots)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts: list[Tensor | None] = [None]
+        for block in ctx.blocks:
+            part = grads[0][block.start : block.stop]
+            if block.slots is not None:
+                part = part.new_zeros(block.rows * block.length, part.shape[1]).index_copy_(0, block.slots, part)
+            parts.append(part.reshape(block.rows, block.length, *ctx.heads))
+        return tuple(parts)

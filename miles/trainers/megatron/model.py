@@ -28,14 +28,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from miles.config.groups import Config
 from miles.errors import ConfigError, HookError
 
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
-from .layers import GatedMLP, LayerNorm, RMSNorm
+from .layers import GatedMLP, LayerNorm, PackedLayer, RMSNorm
 from .parallel import Parallel, ParallelSizes
 
 M = TypeVar("M", bound=GPTModel)
@@ -126,7 +126,7 @@ def local_layer_spec(transformer: TransformerConfig, *, backend: str = "auto") -
     norm = _norm_class(transformer)
     qk_norm = norm if transformer.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PackedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from miles.errors import CheckpointError, ConfigError
 from miles.trainers.megatron import MegatronTrainer
+from miles.trainers.megatron.layers import PackedLayer
 from miles.types import TrainBatch
 
 from .trainer_tools import (
@@ -45,9 +46,20 @@ def test_log_probs_equal_hf(tmp_path: Path, kind: str, tied: bool, temperature: 
     assert max(live) == 7
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_groups_that_share_their_prompt_equal_hf(tmp_path: Path, qwen3: Path, micro_batches: int) -> None:
-    """Log-probs, and a step's gradient through the exported weights; one row alone, one of one response token."""
+@pytest.mark.parametrize(
+    ("kind", "micro_batches", "in_pieces"),
+    [("qwen3", 1, True), ("qwen3", 2, True), ("qwen3", 2, False), ("qwen2", 2, True), ("qwen2", 1, False)],
+)
+def test_groups_that_share_their_prompt_equal_hf(
+    tmp_path: Path, kind: str, micro_batches: int, in_pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs, and a step's gradient through the exported weights; one row alone, one of one response token.
+
+    Not in pieces is what runs on a GPU and under tensor parallelism: megatron's parts, with our attention.
+    """
+    decide, taken = PackedLayer._in_pieces, []
+    monkeypatch.setattr(PackedLayer, "_in_pieces", lambda *args: taken.append(in_pieces and decide(*args)) or taken[-1])
+    path = save_hf_model(tmp_path / "hf", kind)
     rows = [(12 + n, n) for n in (5, 1, 9, 5)] + [(20, 4)] + [(7 + n, n) for n in (3, 3, 2)]
     batch = make_batch(rows, micro_batches=micro_batches, temperature=0.7)
     parts = np.split(batch.ragged["tokens"], np.cumsum([total for total, _ in rows])[:-1])
@@ -55,7 +67,7 @@ def test_groups_that_share_their_prompt_equal_hf(tmp_path: Path, qwen3: Path, mi
         prompt = rows[first][0] - rows[first][1]
         for other in others:
             parts[other][:prompt] = parts[first][:prompt]
-    model = AutoModelForCausalLM.from_pretrained(qwen3).train()
+    model = AutoModelForCausalLM.from_pretrained(path).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = hf_log_probs(model, batch)
     weights = batch.rows["loss_weight"] * batch.rows["rewards"]
@@ -67,11 +79,12 @@ def test_groups_that_share_their_prompt_equal_hf(tmp_path: Path, qwen3: Path, mi
     loss.backward()
     optimizer.step()
     flags = {"optimizer": "sgd", "lr": 0.1, "clip_grad": 0.0, "weight_decay": 0.0}
-    with trainer_for(config_for(qwen3, **flags), tmp_path) as trainer:
+    with trainer_for(config_for(path, **flags), tmp_path) as trainer:
         for ours, theirs in zip(trainer.log_probs(batch), expected, strict=True):
             np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
         trainer.train(batch)
         exported = {name: tensor.clone() for name, tensor in trainer.named_weights()}
+    assert set(taken) == {in_pieces}
     for name, tensor in model.state_dict().items():
         if name in exported:
             torch.testing.assert_close(exported[name], tensor, atol=1e-6, rtol=1e-5)

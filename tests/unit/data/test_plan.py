@@ -44,6 +44,7 @@ def batches(draw):
         "dp_size": draw(st.integers(1, 5)),
         "balance": draw(st.booleans()),
         "unit_of_row": draw(unit_numbers([step for _, step in rows])),
+        "group_of_row": draw(st.none() | st.lists(st.integers(0, 5), min_size=len(rows), max_size=len(rows))),
         "max_tokens" if dynamic else "micro_batch_size": limit if dynamic else draw(st.integers(1, 8)),
     }
 
@@ -71,6 +72,28 @@ def test_units_are_whole(batch):
     micro_batches = [set(m.tolist()) for step in plan_batch(**batch).steps for rank in step for m in rank]
     for rows in units_of(batch).values():
         assert sum(bool(m & set(rows)) for m in micro_batches) == 1
+
+
+@given(batches())
+def test_keeping_groups_together_needs_no_more_micro_batches(batch):
+    counts = [
+        [len(step[0]) for step in plan_batch(**batch | {"group_of_row": groups}).steps]
+        for groups in (None, [i % 5 for i in range(len(batch["lengths"]))])
+    ]
+    assert counts[1] <= counts[0]
+
+
+def test_rows_of_a_group_share_a_micro_batch_where_they_fit():
+    def plan(lengths, groups, max_tokens):
+        steps = plan_batch(lengths, [0] * len(lengths), 1, group_of_row=groups, max_tokens=max_tokens).steps
+        return [micro.tolist() for micro in steps[0][0]]
+
+    groups = [7, 3, 7, 3, 7, 3]
+    assert sorted(plan([5, 4, 5, 4, 5, 4], groups, 15)) == [[0, 2, 4], [1, 3, 5]]
+    # 27 tokens need two micro-batches of 14; the first group alone is larger, so rows go where they fit.
+    assert len(plan([5, 4, 5, 4, 5, 4], groups, 14)) == 2
+    # Three groups of 12 tokens need three micro-batches of 18, their rows two.
+    assert len(plan([6, 6, 6, 6, 6, 6], [0, 0, 1, 1, 2, 2], 18)) == 2
 
 
 @given(batches())
