@@ -4,7 +4,7 @@
     python benchmarks/weight_sync.py --megabytes 256 --engines 1
 
 This process is the trainer: it holds the tensors of a random Qwen3 in fp32 and calls `miles.weights.publish` as a trainer
-rank does, clients included. The engines are real ones, started as a run starts them. A publication is counted from the call
+rank does, over connections that are kept as there. The engines are real ones, started as a run starts them. A publication is counted from the call
 until every engine serves: pausing, shared memory, checksums of every tensor on both sides, version, continuing.
 
 memcpy is `numpy.copyto` between two warm buffers, one thread, and takes turns with the publications. Bytes are counted
@@ -20,10 +20,8 @@ import os
 import secrets
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +30,7 @@ from common import interleave, median, pin, report, spread
 if TYPE_CHECKING:
     import torch
 
+    from miles.engines.client import EngineClient
     from miles.engines.launch import EngineProcess
     from miles.weights import PublishStats
 
@@ -50,88 +49,59 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="miles-weight-sync-") as directory:
             weights = make_checkpoint(Path(directory), megabytes)
             with engines(Path(directory), max(args.engines)) as running:
-                rows += measure(weights, running, args.engines, args.repeats, args.buffer_bytes)
-        print(rows[-1], file=sys.stderr, flush=True)
+                for count in args.engines:
+                    rows.append(measure(weights, running[:count], args.repeats, args.buffer_bytes))
+                    print(rows[-1], file=sys.stderr, flush=True)
     settings = {"cores": cores, "repeats": args.repeats, "buffer_bytes": args.buffer_bytes}
     notes = ["ms of the phases overlap; check_ms is what --check-weight-update-equal adds and is not part of total_ms"]
     report("weight_sync", rows, settings=settings, json_path=args.json, notes=notes)
 
 
 def measure(
-    weights: list[tuple[str, torch.Tensor]],
-    running: Sequence[EngineProcess],
-    counts: Sequence[int],
-    repeats: int,
-    buffer_bytes: int,
-) -> list[dict[str, object]]:
-    """One row for each number of engines."""
-    from miles.weights import SharedMemoryTransport
+    weights: list[tuple[str, torch.Tensor]], running: Sequence[EngineProcess], repeats: int, buffer_bytes: int
+) -> dict[str, object]:
+    """The row of publications to these engines."""
+    from miles.engines.client import EngineClient
+    from miles.weights import SharedMemoryTransport, publish
 
     nbytes = sum(tensor.nbytes for _, tensor in weights)
     transport, loop = SharedMemoryTransport(), asyncio.new_event_loop()
-    stats: dict[int, list[PublishStats]] = {count: [] for count in counts}
+    clients = [EngineClient(engine.name, engine.url, TOKEN) for engine in running]
+    stats: list[PublishStats] = []
 
-    def publication(count: int, *, check: bool = False) -> PublishStats:
-        return loop.run_until_complete(publish_once(weights, running[:count], transport, buffer_bytes, check=check))
-
-    def side(count: int) -> Callable[[], float]:
-        def run() -> float:
-            stats[count].append(publication(count))
-            return stats[count][-1].total_s
-
-        return run
+    def publication(*, check: bool = False) -> float:
+        version = secrets.token_hex(4)
+        publishing = publish(iter(weights), clients, transport, version, buffer_bytes, check_equal=check)
+        stats.append(loop.run_until_complete(publishing))
+        return stats[-1].total_s
 
     try:
-        times = interleave(
-            {"memcpy": make_memcpy(nbytes), **{f"{count}": side(count) for count in counts}}, repeats=repeats, warm_up=2
-        )
-        checks = {count: publication(count, check=True).check_s for count in counts}
+        # Each of the segments that take turns is new once; one publication more, and memory is as in a run.
+        times = interleave({"memcpy": make_memcpy(nbytes), "publish": publication}, repeats=repeats, warm_up=3)
+        publication(check=True)
     finally:
+        loop.run_until_complete(close(clients))
         transport.close()
         loop.close()
-    memcpy_s = median(times["memcpy"])
-    rows: list[dict[str, object]] = []
-    for count in counts:
-        counted, total_s = stats[count][-repeats:], median(times[f"{count}"])
-        rows.append(
-            {
-                "MB": round(nbytes / MB),
-                "tensors": len(weights),
-                "engines": count,
-                "GB/s": nbytes / total_s / 1e9,
-                "memcpy GB/s": nbytes / memcpy_s / 1e9,
-                "ratio": memcpy_s / total_s,
-                "spread": spread(times[f"{count}"]),
-                "total_ms": 1e3 * total_s,
-                **{f"{name}_ms": 1e3 * median([getattr(s, f"{name}_s") for s in counted]) for name in
-                   ("pause", "gather", "wire", "load")},
-                "check_ms": 1e3 * checks[count],
-                "first_ms": 1e3 * stats[count][0].total_s,
-            }
-        )  # fmt: skip
-    return rows
+    memcpy_s, total_s, counted = median(times["memcpy"]), median(times["publish"]), stats[3:-1]
+    return {
+        "MB": round(nbytes / MB),
+        "tensors": len(weights),
+        "engines": len(running),
+        "GB/s": nbytes / total_s / 1e9,
+        "memcpy GB/s": nbytes / memcpy_s / 1e9,
+        "ratio": memcpy_s / total_s,
+        "spread": spread(times["publish"]),
+        "total_ms": 1e3 * total_s,
+        **{f"{name}_ms": 1e3 * median([getattr(s, f"{name}_s") for s in counted]) for name in
+           ("pause", "gather", "wire", "load")},
+        "check_ms": 1e3 * stats[-1].check_s,
+        "first_ms": 1e3 * stats[0].total_s,
+    }  # fmt: skip
 
 
-async def publish_once(
-    weights: list[tuple[str, torch.Tensor]],
-    running: Sequence[EngineProcess],
-    transport: object,
-    buffer_bytes: int,
-    *,
-    check: bool,
-) -> PublishStats:
-    """As `cluster.trainer_group` does it, new connections included; `total_s` counts those too."""
-    from miles.engines.client import EngineClient
-    from miles.weights import publish
-
-    began = time.perf_counter()
-    clients = [EngineClient(engine.name, engine.url, TOKEN) for engine in running]
-    try:
-        version = secrets.token_hex(4)
-        stats = await publish(iter(weights), clients, transport, version, buffer_bytes, check_equal=check)
-    finally:
-        await asyncio.gather(*(client.close() for client in clients))
-    return replace(stats, total_s=time.perf_counter() - began)
+async def close(clients: Sequence[EngineClient]) -> None:
+    await asyncio.gather(*(client.close() for client in clients))
 
 
 def make_memcpy(nbytes: int) -> Callable[[], None]:

@@ -109,6 +109,11 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def identity(self) -> str:
+        """Of the process that serves: another one after a restart."""
+        ...
+
     async def health(self) -> None:
         """Returns when the engine serves; raises otherwise. Safe and cheap to call on a running engine."""
         ...
@@ -119,7 +124,10 @@ class Engine(Protocol):
         """POST /update_weights_from_tensor; returns the engine's reply, raises `WeightUpdateError`."""
         ...
 
-    async def set_version(self, version: WeightVersion) -> None: ...
+    async def serve(self, version: WeightVersion) -> None:
+        """Completes a weight update and goes on, under this version. Raises where the weights are not whole."""
+        ...
+
     async def version(self) -> WeightVersion: ...
     async def checksums(self) -> dict[str, str]:
         """HF name -> checksum of the tensor as the engine holds it now."""
@@ -142,8 +150,8 @@ class BucketReceipt:
 class WeightTransport(Protocol):
     """Carries HF-named tensors from the trainer to all engines, one bucket at a time.
 
-    One instance serves one publication at a time and is reused. Peak extra memory is `depth` buckets. `close` releases
-    whatever the transport holds and may be called twice.
+    One instance serves one publication at a time and is reused: `begin`, `send` for each bucket, and `commit` where all
+    went well. `close` releases whatever the transport holds and may be called twice.
     """
 
     @property
@@ -151,12 +159,25 @@ class WeightTransport(Protocol):
         """How many calls of `send` may overlap: 1, or 2 where a bucket can be filled while the last one loads."""
         ...
 
-    async def send(self, tensors: Sequence[tuple[str, torch.Tensor]], engines: Sequence[Engine]) -> BucketReceipt:
-        """Returns once every engine has loaded the bucket and the sender's memory may be written again.
+    def begin(self) -> None:
+        """A publication begins; one that was not committed has failed."""
+        ...
 
-        The tensors are ready to be read: work on their device that makes them has ended. Engines load overlapping
-        buckets in the order of the calls. Raises `WeightUpdateError` naming engine and tensor, after every engine has
-        answered.
+    def commit(self, engines: Sequence[Engine]) -> None:
+        """These engines serve what was sent since `begin`, and use nothing that was sent before."""
+        ...
+
+    async def send(
+        self,
+        tensors: Sequence[tuple[str, torch.Tensor]],
+        engines: Sequence[Engine],
+        ready: Awaitable[object] | None = None,
+    ) -> BucketReceipt:
+        """Returns once every engine has loaded the bucket and `tensors` may be written again.
+
+        Engines are given the bucket once `ready` is done; work that needs no engine goes on until then. The tensors are
+        ready to be read: work on their device that makes them has ended. Engines load overlapping buckets in the order of
+        the calls. Raises `WeightUpdateError` naming engine and tensor, after every engine has answered.
         """
         ...
 

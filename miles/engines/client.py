@@ -91,6 +91,11 @@ class EngineClient:
         return self._name
 
     @property
+    def identity(self) -> str:
+        """Name and address: no two processes that live have both."""
+        return f"{self._name} {self.url}"
+
+    @property
     def authorization(self) -> str:
         """The header value that the engine asks for. Secret: for requests to this engine's URL alone."""
         return f"Bearer {self._token}"
@@ -168,8 +173,12 @@ class EngineClient:
             raise WeightUpdateError(str(error)) from error
         return reply
 
-    async def set_version(self, version: WeightVersion) -> None:
-        await self._control("/update_weight_version", {"new_version": version})
+    async def serve(self, version: WeightVersion) -> None:
+        """One call where the engine knows of it, two with SGLang."""
+        body = {"new_version": version, "continue_generation": True}
+        reply = await self._control("/update_weight_version", body)
+        if not reply.get("serving"):
+            await self.resume()
 
     async def version(self) -> WeightVersion:
         return str((await self.model_info())["weight_version"])

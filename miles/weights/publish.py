@@ -1,9 +1,11 @@
 """New weights to every engine, all or nothing.
 
-    pause all -> bucket, bucket, ... -> checksums -> version -> continue all
-                  |  gather (a thread: collectives of all ranks)
+    pause all --> bucket, bucket, ... --> checksums --> version, continue all
+             '--- |  gather (a thread: collectives of all ranks)
                   |  wire   (into shared memory, or whatever the transport uses)
                   |  load   (the engines)          the next bucket is gathered meanwhile
+
+Gathering and writing begin before the engines stand still, loading does not.
 
 Consumes `Trainer.named_weights()` on the main rank while the other ranks iterate theirs. After any failure the engines
 stay paused: no request is ever answered with half-updated weights. The remaining weights are still consumed then, so
@@ -79,8 +81,8 @@ async def publish(
 
     `check_equal` compares every parameter of every engine with what was sent before the version is set. Only names of
     the HF checkpoint are sent: no output layer where it is tied to the embedding.
-    Raises `WeightUpdateError` naming version, bucket and engine; all engines then stay paused. An engine that holds the
-    version and does not continue is an `EngineError`.
+    Raises `WeightUpdateError` naming version, bucket and engine; all engines then stay paused, but where all hold the
+    weights and one does not go on to serve them.
     """
     started = time.perf_counter()
     with _Gatherer(named_weights, buffer_bytes) as gatherer:
@@ -89,10 +91,10 @@ async def publish(
         except Exception as error:
             await gatherer.drain()
             raise WeightUpdateError(
-                f"weights of version {version}, {error}; every engine stays paused until a whole update succeeds"
+                f"weights of version {version}, {error}; an engine that does not serve them stays paused until a whole update "
+                "succeeds"
             ) from error
-    # Every engine holds the whole version by now; one that does not continue is broken, and its update is not.
-    await _on_all(engines, lambda engine: engine.resume())
+    transport.commit(engines)
     stats = dataclasses.replace(stats, total_s=time.perf_counter() - started)
     logger.info("published %s", stats)
     return stats
@@ -105,12 +107,14 @@ async def _update(
     version: WeightVersion,
     check_equal: bool,
 ) -> PublishStats:
-    """Everything up to the version: engines hold it whole and are still paused."""
-    started = time.perf_counter()
-    await _on_all(engines, lambda engine: engine.pause())
-    paused = time.perf_counter()
-
-    receipts = await _send_all(gatherer, engines, transport)
+    """Returns once all engines serve the version; `total_s` is left to the caller."""
+    transport.begin()
+    pausing = asyncio.create_task(_pause_all(engines))
+    try:
+        receipts = await _send_all(gatherer, engines, transport, pausing)
+    finally:
+        # Where it failed, it is the reason.
+        pause_s = await pausing
     checksums = _merge(receipts)
 
     check_started = time.perf_counter()
@@ -122,14 +126,15 @@ async def _update(
         await _on_all(engines, check)
     checked = time.perf_counter()
 
-    await _on_all(engines, lambda engine: engine.set_version(version))
+    # Every engine holds all weights by now. One that does not go on is broken, and keeps no other from serving them.
+    await _on_all(engines, lambda engine: engine.serve(version))
     return PublishStats(
         version=version,
         num_tensors=len(checksums),
         num_buckets=len(receipts),
         nbytes=sum(receipt.nbytes for receipt in receipts),
-        total_s=time.perf_counter() - started,
-        pause_s=paused - started,
+        total_s=0.0,
+        pause_s=pause_s,
         gather_s=gatherer.seconds,
         wire_s=sum(receipt.wire_s for receipt in receipts),
         load_s=sum(receipt.load_s for receipt in receipts),
@@ -137,7 +142,16 @@ async def _update(
     )
 
 
-async def _send_all(gatherer: _Gatherer, engines: Sequence[Engine], transport: WeightTransport) -> list[BucketReceipt]:
+async def _pause_all(engines: Sequence[Engine]) -> float:
+    """Returns the seconds until the last one stood still."""
+    started = time.perf_counter()
+    await _on_all(engines, lambda engine: engine.pause())
+    return time.perf_counter() - started
+
+
+async def _send_all(
+    gatherer: _Gatherer, engines: Sequence[Engine], transport: WeightTransport, pausing: asyncio.Task[float]
+) -> list[BucketReceipt]:
     """All buckets, at most `transport.depth` of them alive at a time: being gathered, written or loaded."""
     receipts: list[BucketReceipt] = []
     sending: deque[asyncio.Task[BucketReceipt]] = deque()
@@ -156,7 +170,7 @@ async def _send_all(gatherer: _Gatherer, engines: Sequence[Engine], transport: W
             if not bucket:
                 break
             number = len(receipts) + len(sending)
-            sending.append(asyncio.create_task(_send(number, bucket, engines, transport)))
+            sending.append(asyncio.create_task(_send(number, bucket, engines, transport, pausing)))
             del bucket
         while sending:
             await finish_first()
@@ -166,10 +180,14 @@ async def _send_all(gatherer: _Gatherer, engines: Sequence[Engine], transport: W
 
 
 async def _send(
-    number: int, bucket: list[NamedTensor], engines: Sequence[Engine], transport: WeightTransport
+    number: int,
+    bucket: list[NamedTensor],
+    engines: Sequence[Engine],
+    transport: WeightTransport,
+    pausing: asyncio.Task[float],
 ) -> BucketReceipt:
     span = f"bucket {number} ({bucket[0][0]} to {bucket[-1][0]})"
-    sending = transport.send(bucket, engines)
+    sending = transport.send(bucket, engines, asyncio.shield(pausing))
     del bucket
     try:
         return await sending

@@ -181,12 +181,13 @@ class Scheduler:
         self.weights.restart()
 
     def resume(self) -> None:
-        """Raises `WeightUpdateError` while the weights are not whole."""
+        """Raises `WeightUpdateError` while the weights are not whole, or are not what was loaded."""
         if self.weights.updating:
             raise WeightUpdateError(
                 "continue_generation, got a request in the middle of a weight update: the weights are not whole; "
                 "send all buckets and /update_weight_version first"
             )
+        self.weights.check_kept()
         self._paused = False
 
     def abort(self, matches: Callable[[Row], bool], message: str) -> int:
@@ -203,11 +204,16 @@ class Scheduler:
         return len(waiting) + len(running)
 
     def load_bucket(
-        self, segment: str, specs: Sequence[TensorSpec], version: str | None, progress_bytes: int | None = None
+        self,
+        segment: str,
+        specs: Sequence[TensorSpec],
+        version: str | None,
+        progress_bytes: int | None = None,
+        serial: int | None = None,
     ) -> dict[str, str]:
         """Loads one bucket of a weight update, and completes the update where `version` is given.
 
-        Returns name -> checksum as read back. Raises `WeightUpdateError`; the weights are then torn.
+        See `WeightState.load_bucket`. Raises `WeightUpdateError`; the weights are then torn.
         """
         if not self._paused:
             raise WeightUpdateError(
@@ -217,7 +223,7 @@ class Scheduler:
         assert not self._prompts, "a paused engine holds no keys of old weights"
         if version is not None:
             self.weights.check_completes([spec.name for spec in specs])
-        checksums = self.weights.load_bucket(segment, specs, progress_bytes)
+        checksums = self.weights.load_bucket(segment, specs, progress_bytes, serial)
         if version is not None:
             self.set_version(version)
         return checksums

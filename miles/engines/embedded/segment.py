@@ -5,6 +5,9 @@
 
 The sender may still be filling the segment: it then says at `progress` how far it is, and a reader follows. Nothing is
 unpickled. A segment stays mapped as long as the sender keeps it, since mapping it anew costs more than copying it.
+
+A sender may offer a segment for adoption: it then does not write there while an engine uses it. The segment's serial number,
+an int64 behind `progress`, changes before every filling, so that an engine can tell whether the promise was kept.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import re
 import stat
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -27,6 +31,9 @@ from .model_config import DTYPES
 
 _SEGMENT = re.compile(r"/proc/\d+/fd/\d+|/dev/shm/miles-[A-Za-z0-9._-]+")
 _BACKING = re.compile(r"/memfd:.*|/dev/shm/miles-[A-Za-z0-9._-]+( \(deleted\))?")
+
+#: `progress` and the serial number.
+HEADER_BYTES = 16
 
 #: Large enough to copy at full speed; small enough that what was copied is hashed while the core's cache holds it.
 CHUNK_BYTES = 512 * 1024
@@ -81,12 +88,31 @@ class TensorSpec:
 
 
 class Bucket:
-    """A bucket in a mapped segment. Holds the mapping: drop it when it has been read."""
+    """A bucket in a mapped segment. It and its tensors hold the mapping: drop them when the bucket is not needed any more."""
 
-    def __init__(self, path: str, mapping: mmap.mmap, progress_bytes: int | None) -> None:
-        self._path = path
+    def __init__(self, path: str, mapping: mmap.mmap, progress_bytes: int | None, serial: int | None) -> None:
+        self._path, self._mapping, self._serial = path, mapping, serial
         self._bytes = np.frombuffer(mapping, np.uint8) if len(mapping) else np.empty(0, np.uint8)
-        self._progress = None if progress_bytes is None else np.frombuffer(mapping, "<i8", 1, progress_bytes)
+        self._header = None if progress_bytes is None else np.frombuffer(mapping, "<i8", 2, progress_bytes)
+
+    def check_kept(self) -> None:
+        """Raises `WeightUpdateError` where the sender has begun to fill the segment again since it offered it."""
+        if self._serial is not None and (found := -1 if self._header is None else int(self._header[1])) != self._serial:
+            raise WeightUpdateError(
+                f"segment {self._path}, got filling {found} where {self._serial} was offered for adoption: the sender wrote to "
+                "memory that it had given away; publish the whole weights again"
+            )
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        """The tensor in place. Its memory cannot be written: an attempt ends the process."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            raw = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        return raw[spec.offset_bytes : spec.offset_bytes + spec.size_bytes].view(spec.dtype).view(spec.shape)
+
+    def adjoins(self, spec: TensorSpec, following: Bucket, next_spec: TensorSpec) -> bool:
+        """Whether the second tensor begins where the first one ends."""
+        return following is self and next_spec.offset_bytes == spec.offset_bytes + spec.size_bytes
 
     def chunks(self, spec: TensorSpec) -> Iterator[np.ndarray]:
         """The tensor's bytes in order, at most `CHUNK_BYTES` at a time, each as soon as the sender has written it.
@@ -100,10 +126,10 @@ class Bucket:
             yield self._bytes[begin:stop]
 
     def _wait(self, name: str, needed_bytes: int) -> None:
-        if self._progress is None or self._progress[0] >= needed_bytes:
+        if self._header is None or self._header[0] >= needed_bytes:
             return
-        seen, deadline = int(self._progress[0]), time.monotonic() + STALL_LIMIT_S
-        while (ready := int(self._progress[0])) < needed_bytes:
+        seen, deadline = int(self._header[0]), time.monotonic() + STALL_LIMIT_S
+        while (ready := int(self._header[0])) < needed_bytes:
             if ready < 0:
                 raise WeightUpdateError(f"segment {self._path}, got {name} cut off: the sender gave up; see its log")
             if ready != seen:
@@ -122,20 +148,23 @@ class Segments:
     def __init__(self) -> None:
         self._mappings: dict[str, tuple[_Identity, mmap.mmap]] = {}
 
-    def open(self, path: str, specs: Sequence[TensorSpec], progress_bytes: int | None = None) -> Bucket:
-        """Raises `WeightUpdateError` for a foreign path or a tensor outside the segment."""
+    def open(
+        self, path: str, specs: Sequence[TensorSpec], progress_bytes: int | None = None, serial: int | None = None
+    ) -> Bucket:
+        """`serial` is that of a segment offered for adoption. Raises `WeightUpdateError` for a foreign path or a tensor
+        outside the segment."""
         self._drop_replaced()
         mapping = self._map(path)
         ends = [(f"offset of {spec.name}", spec.offset_bytes, spec.size_bytes) for spec in specs]
         if progress_bytes is not None:
-            ends.append(("progress", progress_bytes, 8))
+            ends.append(("progress", progress_bytes, HEADER_BYTES))
         for what, offset, size in ends:
             if offset + size > len(mapping):
                 raise WeightUpdateError(
                     f"{what}, got {offset}: its {size} bytes end outside the segment of {len(mapping)}; "
                     "send the layout of this bucket"
                 )
-        return Bucket(path, mapping, progress_bytes)
+        return Bucket(path, mapping, progress_bytes, serial)
 
     def _map(self, path: str) -> mmap.mmap:
         if not _SEGMENT.fullmatch(path):

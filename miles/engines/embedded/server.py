@@ -169,6 +169,7 @@ class EngineServer:
             "load_format",
             "segment",
             "progress",
+            "adopt",
             "tensors",
             "weight_version",
             "flush_cache",
@@ -186,22 +187,40 @@ class EngineServer:
         progress = body.get("progress")
         if progress is not None and (type(progress) is not int or progress < 0 or progress % 8):
             raise RequestError(f"progress, got {progress!r}: not a multiple of 8 bytes within the segment; align it")
+        serial = body.get("adopt")
+        if serial is not None and (type(serial) is not int or progress is None):
+            raise RequestError(
+                f"adopt, got {serial!r}: not a serial number behind progress; send both, or leave it out to have the "
+                "segment copied"
+            )
 
         specs = [TensorSpec.parse(item) for item in raw]
-        checksums = await self._on_decode_thread(lambda: self._scheduler.load_bucket(segment, specs, version, progress))
-        return _success("loaded", checksums=checksums)
+        checksums = await self._on_decode_thread(
+            lambda: self._scheduler.load_bucket(segment, specs, version, progress, serial)
+        )
+        kept = serial is not None and self._scheduler.weights.can_adopt
+        return _success("loaded", checksums=checksums, kept=kept)
 
     async def update_weight_version(self, request: web.Request) -> web.StreamResponse:
         body = await _object(request)
         version = body.get("new_version")
         if not isinstance(version, str) or not version:
             raise RequestError(f"new_version, got {version!r}: not a non-empty string; send the version")
-        if unknown := sorted(set(body) - {"new_version", "abort_all_requests"}):
+        resume = body.get("continue_generation", False)
+        if not isinstance(resume, bool):
+            raise RequestError(f"continue_generation, got {resume!r}: send true or false")
+        if unknown := sorted(set(body) - {"new_version", "abort_all_requests", "continue_generation"}):
             raise RequestError(f"field, got {unknown[0]!r}: unknown to update_weight_version; leave it out")
         if body.get("abort_all_requests"):
             raise RequestError("abort_all_requests, got true: not served; POST /abort_request {abort_all: true} first")
-        await self._on_decode_thread(lambda: self._scheduler.set_version(version))
-        return _success("version set", new_version=version)
+
+        def set_version() -> None:
+            self._scheduler.set_version(version)
+            if resume:
+                self._scheduler.resume()
+
+        await self._on_decode_thread(set_version)
+        return _success("version set", new_version=version, serving=resume)
 
     async def weights_checker(self, request: web.Request) -> web.StreamResponse:
         action = (await _object(request)).get("action")

@@ -1,17 +1,21 @@
 """The live parameters: fused for speed, reachable under their HF names, replaced bucket by bucket.
 
-    safetensors --load--> Parameters (qkv and gate/up fused, tied head) <--read, write-- HF names
+    safetensors --load--> Parameters (qkv and gate/up fused, tied head) <--read, write, adopt-- HF names
     /update_weights_from_tensor --> WeightState.load_bucket ... --> WeightState.finish(version)
 
 `WeightState` knows whether the weights are whole. From the first bucket of an update until `finish` they are not, and
 the scheduler serves nothing.
+
+A bucket is copied into the live parameters, or adopted: when the update is complete, the sender's segments become their
+memory, and nothing is copied. Where HF tensors that are fused lie one behind the other in the segment, the fused parameter is a view of it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,7 @@ from safetensors import safe_open
 from miles.errors import CheckpointError, WeightUpdateError
 
 from .model_config import DTYPE_NAMES, ModelConfig
-from .segment import Segments, TensorSpec
+from .segment import Bucket, Segments, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,40 @@ class Layer:
     down_bias: torch.Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Fused:
+    """A tensor that the model computes with, and the HF tensors in it, one below the other. Usually it is one."""
+
+    live: torch.Tensor
+    """The same object for good; its memory is exchanged."""
+    names: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class _Slot:
-    """Where an HF tensor lives: `target` is a view of a fused parameter, written by a broadcasting copy."""
+    """Where an HF tensor lives: some rows of a fused one."""
 
-    target: torch.Tensor
+    fused: _Fused
+    first_row: int
+    num_rows: int
     shape: tuple[int, ...]
+
+    @property
+    def target(self) -> torch.Tensor:
+        """The live rows, written by a broadcasting copy."""
+        return self.rows_of(self.fused.live)
+
+    @property
+    def repeated(self) -> bool:
+        """Whether every row is the whole HF tensor."""
+        return self.fused.live.dim() != len(self.shape)
+
+    def rows_of(self, fused: torch.Tensor) -> torch.Tensor:
+        return fused[self.first_row : self.first_row + self.num_rows]
 
     def read(self) -> torch.Tensor:
         """The live tensor in its HF shape."""
-        return self.target if self.target.dim() == len(self.shape) else self.target[0]
+        return self.target[0] if self.repeated else self.target
 
 
 class Parameters:
@@ -67,6 +95,8 @@ class Parameters:
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self._slots: dict[str, _Slot] = {}
+        self._borrowed: set[_Fused] = set()
+        """Those whose memory is a sender's segment."""
         self.embedding = self._new("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [self._new_layer(f"model.layers.{i}.") for i in range(config.num_layers)]
         self.norm = self._new("model.norm.weight", config.hidden_size)
@@ -79,16 +109,16 @@ class Parameters:
 
     def _new(self, name: str, *shape: int) -> torch.Tensor:
         tensor = self._empty(*shape)
-        self._slots[name] = _Slot(tensor, shape)
+        self._slots[name] = _Slot(_Fused(tensor, (name,)), 0, shape[0], shape)
         return tensor
 
     def _new_fused(self, prefix: str, parts: Sequence[tuple[str, int]], suffix: str, *rest: int) -> torch.Tensor:
-        fused = self._empty(sum(rows for _, rows in parts), *rest)
-        first = 0
-        for name, rows in parts:
-            self._slots[f"{prefix}{name}{suffix}"] = _Slot(fused[first : first + rows], (rows, *rest))
+        names = tuple(f"{prefix}{name}{suffix}" for name, _ in parts)
+        fused, first = _Fused(self._empty(sum(rows for _, rows in parts), *rest), names), 0
+        for name, (_, rows) in zip(names, parts, strict=True):
+            self._slots[name] = _Slot(fused, first, rows, (rows, *rest))
             first += rows
-        return fused
+        return fused.live
 
     def _new_layer(self, prefix: str) -> Layer:
         c = self.config
@@ -112,10 +142,11 @@ class Parameters:
 
     def _new_qk_norm(self, attention: str) -> torch.Tensor:
         c = self.config
-        table = self._empty(c.num_heads + c.num_kv_heads, c.head_dim)
-        self._slots[f"{attention}q_norm.weight"] = _Slot(table[: c.num_heads], (c.head_dim,))
-        self._slots[f"{attention}k_norm.weight"] = _Slot(table[c.num_heads :], (c.head_dim,))
-        return table
+        q, k = f"{attention}q_norm.weight", f"{attention}k_norm.weight"
+        table = _Fused(self._empty(c.num_heads + c.num_kv_heads, c.head_dim), (q, k))
+        self._slots[q] = _Slot(table, 0, c.num_heads, (c.head_dim,))
+        self._slots[k] = _Slot(table, c.num_heads, c.num_kv_heads, (c.head_dim,))
+        return table.live
 
     @property
     def names(self) -> list[str]:
@@ -138,12 +169,38 @@ class Parameters:
     def write(self, name: str, chunks: Iterable[np.ndarray]) -> str:
         """Replaces the live parameter by its bytes in HF shape, given in order; returns its checksum as read back."""
         slot = self._slots[name]
-        if self.device.type == "cpu" and slot.target.dim() == len(slot.shape):
+        self._own(slot.fused)
+        if self.device.type == "cpu" and not slot.repeated:
             return _copy_and_hash(slot.target, chunks)
         staged = torch.empty(slot.shape, dtype=self.dtype)
         _copy_and_hash(staged, chunks)
         slot.target.copy_(staged)
         return self.checksum(name)
+
+    @property
+    def can_adopt(self) -> bool:
+        """Whether the model can compute with tensors in the host's shared memory."""
+        return self.device.type == "cpu"
+
+    def adopt(self, offered: Mapping[str, tuple[Bucket, TensorSpec]]) -> None:
+        """Makes tensors in segments the live ones, all of them; copies those that do not lie as the model needs them."""
+        for fused in {self._slots[name].fused: None for name in offered}:
+            places = [offered[name] for name in fused.names if name in offered]
+            whole = len(places) == len(fused.names) and not self._slots[fused.names[0]].repeated
+            if whole and all(a[0].adjoins(a[1], *b) for a, b in itertools.pairwise(places)):
+                [bucket, spec], *_ = places
+                fused.live.data = bucket.tensor(replace(spec, shape=tuple(fused.live.shape)))
+                self._borrowed.add(fused)
+                continue
+            self._own(fused)
+            for bucket, spec in places:
+                self._slots[spec.name].target.copy_(bucket.tensor(spec))
+
+    def _own(self, fused: _Fused) -> None:
+        """Gives a tensor memory that may be written, with what it holds now."""
+        if fused in self._borrowed:
+            fused.live.data = fused.live.clone()
+            self._borrowed.discard(fused)
 
     def checksum(self, name: str) -> str:
         """xxh3_64 (hex) of the live parameter's bytes, in its own dtype."""
@@ -184,6 +241,10 @@ class WeightState:
         self._segments = Segments()
         self._version = version
         self._written: set[str] | None = None
+        self._offered: dict[str, tuple[Bucket, TensorSpec]] = {}
+        """What becomes live once the update is complete."""
+        self._adopted: dict[str, Bucket] = {}
+        """Where live tensors lie in segments."""
 
     @property
     def version(self) -> str:
@@ -196,16 +257,19 @@ class WeightState:
         return self._written is not None
 
     def restart(self) -> None:
-        """A sender begins anew: what an abandoned update wrote no longer counts towards a whole one."""
+        """A sender begins anew: what an abandoned update wrote or offered no longer counts towards a whole one."""
         if self._written is not None:
             self._written = set()
+        self._offered.clear()
 
     def load_bucket(
-        self, segment: str, specs: Sequence[TensorSpec], progress_bytes: int | None = None
+        self, segment: str, specs: Sequence[TensorSpec], progress_bytes: int | None = None, serial: int | None = None
     ) -> dict[str, str]:
-        """Copies a bucket into the live parameters; returns the checksum of each as read back.
+        """Reads a bucket and returns the checksum of each tensor: of the live parameter that it was copied to, or, where
+        it is to be adopted, of the tensor in the segment.
 
         Where the sender is still filling the segment, `progress_bytes` is the place at which it says how far it is.
+        With a `serial` number it offers the segment for adoption, as long as the number in the segment is the same.
         Names, shapes and places are checked before the first byte is written. Whatever goes wrong raises
         `WeightUpdateError`, and the weights then count as torn until a full update: the sender's idea of what was loaded
         is no longer ours.
@@ -214,17 +278,36 @@ class WeightState:
         self._written = set()
         for spec in specs:
             self._check(spec)
-        bucket = self._segments.open(segment, specs, progress_bytes)
-        checksums = {spec.name: self._parameters.write(spec.name, bucket.chunks(spec)) for spec in specs}
+        bucket = self._segments.open(segment, specs, progress_bytes, serial)
+        if serial is not None and self.can_adopt:
+            checksums = {spec.name: _hash(bucket.chunks(spec)) for spec in specs}
+            bucket.check_kept()
+            self._offered.update((spec.name, (bucket, spec)) for spec in specs)
+        else:
+            for spec in specs:
+                self._offered.pop(spec.name, None)
+                self._adopted.pop(spec.name, None)
+            checksums = {spec.name: self._parameters.write(spec.name, bucket.chunks(spec)) for spec in specs}
         self._written = written | set(checksums)
+        if not self._missing():
+            self._adopt()
         return checksums
+
+    @property
+    def can_adopt(self) -> bool:
+        """Whether offered segments become the weights; else they are copied."""
+        return self._parameters.can_adopt
+
+    def check_kept(self) -> None:
+        """Raises `WeightUpdateError` where a sender fills a segment again that the weights lie in."""
+        for bucket in set(self._adopted.values()):
+            bucket.check_kept()
 
     def check_completes(self, names: Sequence[str] = ()) -> None:
         """Raises `WeightUpdateError` where an update, `names` included, would leave a parameter unwritten."""
         if self._written is None and not names:
             return
-        missing = set(self._parameters.names) - (self._written or set()) - set(names)
-        if missing:
+        if missing := self._missing() - set(names):
             raise WeightUpdateError(
                 f"weight update, got {len(self._parameters.names) - len(missing)} of {len(self._parameters.names)} "
                 f"parameters: {_some(missing)} not sent; send all buckets before the version"
@@ -234,6 +317,18 @@ class WeightState:
         """Names the weights; ends an update. Raises `WeightUpdateError` where one is incomplete."""
         self.check_completes()
         self._written, self._version = None, version
+
+    def _missing(self) -> set[str]:
+        return set(self._parameters.names) - (self._written or set())
+
+    def _adopt(self) -> None:
+        """Makes what was offered live."""
+        buckets = {name: bucket for name, (bucket, _) in self._offered.items()}
+        for bucket in set(buckets.values()):
+            bucket.check_kept()
+        self._parameters.adopt(self._offered)
+        self._adopted.update(buckets)
+        self._offered = {}
 
     def checksums(self) -> dict[str, str]:
         """HF name -> checksum over all live parameters."""
@@ -251,6 +346,14 @@ class WeightState:
                 f"dtype of {spec.name}, got {DTYPE_NAMES[spec.dtype]}: the engine holds "
                 f"{DTYPE_NAMES[self._parameters.dtype]}; convert it, or start the engine with --dtype"
             )
+
+
+def _hash(chunks: Iterable[np.ndarray]) -> str:
+    """xxh3_64 (hex) of all chunks."""
+    hasher = xxhash.xxh3_64()
+    for chunk in chunks:
+        hasher.update(chunk.data)
+    return hasher.hexdigest()
 
 
 def _copy_and_hash(target: torch.Tensor, chunks: Iterable[np.ndarray]) -> str:

@@ -170,12 +170,13 @@ CONTROL: dict[str, Any] = {
             "segment": st.one_of(TEXTS, st.sampled_from(["/dev/zero", "/proc/self/mem", "/proc/1/fd/0", "/etc/hostname", "/dev/shm", "/proc/self/fd/0"])),
             "tensors": st.lists(st.one_of(TENSOR, HOSTILE), max_size=2),
             "progress": NUMBERS,
+            "adopt": NUMBERS,
             "weight_version": TEXTS,
             "flush_cache": st.booleans(),
             "serialized_named_tensors": st.lists(TEXTS, max_size=1),
         }
     ),
-    "/update_weight_version": fields({"new_version": TEXTS, "abort_all_requests": st.booleans()}),
+    "/update_weight_version": fields({"new_version": TEXTS, "abort_all_requests": st.booleans(), "continue_generation": st.booleans()}),
     "/weights_checker": fields({"action": st.sampled_from(["checksum", "snapshot", "compare"])}),
 }  # fmt: skip
 

@@ -64,6 +64,20 @@ async def test_the_named_segment_works_too(engines):
     transport.close()
 
 
+async def test_engines_serve_from_the_senders_memory_and_keep_it_when_the_sender_lets_go(engine_processes, engines):
+    def mapped(process) -> int:
+        return sum("memfd:miles-weights" in line for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines())
+
+    # A sender of its own for every version, as after a restart of the trainers.
+    for version in range(25, 28):
+        transport, model = SharedMemoryTransport(), make_model(version)
+        stats = await publish(iter(hf_weights(model)), engines, transport, str(version), SMALL_BUFFER)
+        transport.close()
+        for process, engine in zip(engine_processes, engines, strict=True):
+            assert (await engine.generate(request()))["output_ids"] == hf_greedy(model, PROMPT, 12)
+            assert 0 < mapped(process) <= stats.num_buckets
+
+
 async def test_a_request_in_the_middle_of_an_update_waits_and_is_served_with_the_new_weights(engines, transport):
     engine, model = engines[0], make_model(31)
     halfway, go_on = threading.Event(), threading.Event()

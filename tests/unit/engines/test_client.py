@@ -48,7 +48,7 @@ async def test_control_calls_speak_the_protocol():
         await engine.pause()
         await engine.update_weights({"load_format": "miles_shm"})
         assert await engine.checksums() == {"w": "ab", "v": "cd"}
-        await engine.set_version("5")
+        await engine.serve("5")
         assert await engine.version() == "5"
         await engine.resume()
         await client.abort("r1")
@@ -58,12 +58,19 @@ async def test_control_calls_speak_the_protocol():
             ("POST", "/pause_generation", {"mode": "abort"}),
             ("POST", "/update_weights_from_tensor", {"load_format": "miles_shm"}),
             ("POST", "/weights_checker", {"action": "checksum"}),
-            ("POST", "/update_weight_version", {"new_version": "5"}),
+            ("POST", "/update_weight_version", {"new_version": "5", "continue_generation": True}),
+            ("POST", "/continue_generation", {}),
             ("GET", "/model_info", None),
             ("POST", "/continue_generation", {}),
             ("POST", "/abort_request", {"rid": "r1"}),
             ("POST", "/abort_request", {"abort_all": True}),
         ]
+
+
+async def test_an_engine_that_continues_with_the_version_is_not_asked_twice():
+    async with ScriptedServer(reply(200, {"success": True, "serving": True})) as server, client_of(server) as client:
+        await client.serve("5")
+        assert [path for _, path, _ in server.requests] == ["/update_weight_version"]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 429])
@@ -161,7 +168,7 @@ async def test_a_cancelled_generation_is_aborted_on_the_engine():
 
 async def test_failures_with_status_200_are_failures():
     answers = [
-        (lambda c: c.set_version("3"), reply(200, {"success": False, "message": "tensors are missing: a.b"}), "a.b"),
+        (lambda c: c.serve("3"), reply(200, {"success": False, "message": "tensors are missing: a.b"}), "a.b"),
         (lambda c: c.generate({}), reply(200, b"<html>"), "not JSON: <html>"),
         (lambda c: c.checksums(), reply(200, {"checksums": [{"w": "a"}, {"w": "b"}]}), "several checksums of w"),
         (lambda c: c.checksums(), reply(200, {}), "no checksums"),

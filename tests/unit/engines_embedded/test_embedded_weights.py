@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -122,6 +122,116 @@ def test_a_restarted_update_does_not_count_what_an_abandoned_one_wrote(state):
         state.load_bucket(path, specs)
     with pytest.raises(WeightUpdateError, match=r"parameters: .* not sent"):
         state.finish("1")
+
+
+# ------------------------------------------------------------------------------------------------- adopting a segment
+
+
+@contextmanager
+def offered(tensors: dict[str, torch.Tensor], serial: int = 7):
+    """A filled segment whose header says so: yields (descriptor, arguments of `load_bucket`)."""
+    with memfd({"header": torch.zeros(16), **tensors}) as (path, [_, *specs]):
+        fd = int(path.rpartition("/")[2])
+        os.pwrite(fd, np.array([1 << 40, serial], "<i8").tobytes(), 0)
+        yield fd, (path, specs, 0, serial)
+
+
+def _in_order(state: WeightState, seed: int) -> dict[str, torch.Tensor]:
+    new = _state_dict(make_model("qwen3_tied", seed=seed))
+    return {name: new[name] for name in state.checksums()}
+
+
+def _halves(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    names = list(tensors)
+    return [{name: tensors[name] for name in part} for part in (names[:7], names[7:])]
+
+
+def test_an_adopted_segment_is_the_weights_once_all_buckets_are_there(state):
+    """q, k, v and gate, up that lie one behind the other are the fused parameters without a copy."""
+    parameters, before, new = state._parameters, state.checksums(), _in_order(state, seed=3)
+    first, second = _halves(new)
+    with offered(first) as (fd, bucket), offered(second) as (_, other):
+        assert state.load_bucket(*bucket) == {name: parameters_checksum(tensor) for name, tensor in first.items()}
+        assert state.checksums() == before
+        state.load_bucket(*other)
+        state.finish("1")
+        for name, tensor in new.items():
+            assert torch.equal(parameters.read(name), tensor), name
+        # Written through the descriptor, seen in the parameters: one memory.
+        by_name = {spec.name: spec for spec in bucket[1]}
+        prefix = "model.layers.0.self_attn."
+        for row, part in ((0, "q_proj"), (64, "k_proj"), (96, "v_proj")):
+            os.pwrite(fd, np.float32(row + 0.5).tobytes(), by_name[f"{prefix}{part}.weight"].offset_bytes)
+            assert parameters.layers[0].qkv[row, 0] == row + 0.5
+        os.pwrite(fd, np.float32(9.5).tobytes(), by_name["model.embed_tokens.weight"].offset_bytes)
+        assert parameters.head[0, 0] == 9.5
+        assert parameters.layers[0].qk_norm is not None
+        assert parameters.layers[0].qk_norm.shape == (6, 16)
+    # The sender has closed the segments: what the engine maps stays.
+    assert torch.equal(parameters.read("model.norm.weight"), new["model.norm.weight"])
+
+
+def parameters_checksum(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(tensor.contiguous().numpy().tobytes())
+
+
+@pytest.mark.parametrize("order", ["reversed", "q alone"])
+def test_tensors_that_do_not_adjoin_are_adopted_by_a_copy(state, order):
+    new = _in_order(state, seed=4)
+    if order == "reversed":
+        buckets = [dict(reversed(new.items()))]
+    else:
+        alone = {name: new.pop(name) for name in list(new) if "q_proj" in name}
+        buckets = [alone, new.copy()]
+        new |= alone
+    with ExitStack() as stack:
+        for tensors in buckets:
+            state.load_bucket(*stack.enter_context(offered(tensors))[1])
+        state.finish("1")
+    assert state.checksums() == {name: parameters_checksum(new[name]) for name in state.checksums()}
+
+
+def test_what_was_offered_by_an_update_that_was_given_up_is_forgotten(state):
+    before = state.checksums()
+    first, second = _halves(_in_order(state, seed=5))
+    with offered(first) as (_, bucket), offered(second) as (_, other):
+        state.load_bucket(*bucket)
+        state.restart()
+        state.load_bucket(*other)
+        with pytest.raises(WeightUpdateError, match="not sent"):
+            state.finish("1")
+        assert state.checksums() == before
+
+
+def test_a_copy_after_an_adoption_leaves_the_segment_alone(state):
+    adopted, copied = _in_order(state, seed=6), _in_order(state, seed=7)
+    with offered(adopted) as (fd, bucket):
+        state.load_bucket(*bucket)
+        state.finish("1")
+        segment = os.pread(fd, 1 << 24, 0)
+        # One of three that are fused, then the others.
+        for part in ([name for name in copied if "k_proj" in name], [name for name in copied if "k_proj" not in name]):
+            with memfd({name: copied[name] for name in part}) as (path, specs):
+                state.load_bucket(path, specs)
+        state.finish("2")
+        assert os.pread(fd, 1 << 24, 0) == segment
+        os.pwrite(fd, bytes(16), 0)
+        state.check_kept()  # nothing of it is in use
+    assert state.checksums() == {name: parameters_checksum(tensor) for name, tensor in copied.items()}
+
+
+def test_a_sender_that_fills_what_it_gave_away_is_found_out(state):
+    with offered(_in_order(state, seed=8)) as (fd, bucket):
+        os.pwrite(fd, np.int64(8).tobytes(), 8)
+        with pytest.raises(WeightUpdateError, match="got filling 8 where 7 was offered"):
+            state.load_bucket(*bucket)
+        os.pwrite(fd, np.int64(7).tobytes(), 8)
+        state.load_bucket(*bucket)
+        state.finish("1")
+        state.check_kept()
+        os.pwrite(fd, np.int64(8).tobytes(), 8)
+        with pytest.raises(WeightUpdateError, match="got filling 8 where 7 was offered"):
+            state.check_kept()
 
 
 @pytest.mark.parametrize(

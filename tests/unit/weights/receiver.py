@@ -6,6 +6,7 @@ import asyncio
 import mmap
 import os
 import re
+from collections.abc import Callable
 
 import torch
 import xxhash
@@ -19,16 +20,30 @@ class Receiver:
     """Implements `miles.interfaces.Engine` in this process and keeps a record of the calls."""
 
     def __init__(
-        self, name: str = "receiver-0", *, fail_on: str | None = None, corrupt: str | None = None, delay_s: float = 0.0
+        self,
+        name: str = "receiver-0",
+        *,
+        fail_on: str | None = None,
+        corrupt: str | None = None,
+        delay_s: float = 0.0,
+        adopts: bool = False,
     ):
         self.name = name
+        self.adopts = adopts
+        self.segments: list[str] = []
         self.fail_on, self.corrupt, self.delay_s = fail_on, corrupt, delay_s
         self.calls: list[str] = []
         self.held: dict[str, torch.Tensor] = {}
         self.serving = True
         self.live_version = "0"
         self.loads = self.most_loads = 0
-        self.refuses_to_pause = False
+        self.refuses_to_pause = self.refuses_to_serve = False
+        self._offered: dict[str, Callable[[], torch.Tensor]] = {}
+        self._live: dict[str, Callable[[], torch.Tensor]] = {}
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name} {id(self)}"
 
     async def health(self) -> None: ...
 
@@ -37,9 +52,9 @@ class Receiver:
         if self.refuses_to_pause:
             raise EngineError(f"engine {self.name}: POST /pause_generation, got HTTP 500: no")
         self.serving = False
+        self._offered = {}
 
     async def resume(self) -> None:
-        self.calls.append("resume")
         self.serving = True
 
     async def update_weights(self, payload: dict) -> dict:
@@ -47,6 +62,8 @@ class Receiver:
         assert payload["load_format"] == "miles_shm"
         assert SEGMENT.fullmatch(payload["segment"])
         self.calls.append("bucket")
+        self.segments.append(payload["segment"])
+        adopt = self.adopts and "adopt" in payload
         self.loads += 1
         self.most_loads = max(self.most_loads, self.loads)
         await asyncio.sleep(self.delay_s)
@@ -69,17 +86,34 @@ class Receiver:
                 raw = memory[entry["offset"] : entry["offset"] + _nbytes(entry)]
                 flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
                 self.held[entry["name"]] = flat.reshape(entry["shape"])
+                if adopt:
+                    self._offered[entry["name"]] = self._in_place(fd, entry)
                 checksums[entry["name"]] = self._checksum(entry["name"], raw)
         os.close(fd)
         self.loads -= 1
-        return {"success": True, "message": "", "checksums": checksums}
+        return {"success": True, "message": "", "checksums": checksums, **({"kept": True} if adopt else {})}
+
+    def _in_place(self, fd: int, entry: dict) -> Callable[[], torch.Tensor]:
+        """Reads the tensor where it lies, whenever it is called."""
+        memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        begin, end = entry["offset"], entry["offset"] + _nbytes(entry)
+        dtype = getattr(torch, entry["dtype"])
+        return lambda: torch.frombuffer(bytearray(memory[begin:end]), dtype=dtype).reshape(entry["shape"])
+
+    def adopted(self) -> dict[str, torch.Tensor]:
+        """What it serves now, as its memory says."""
+        return {name: read() for name, read in self._live.items()}
 
     def _checksum(self, name: str, raw: bytes) -> str:
         return "0" * 16 if name == self.corrupt else xxhash.xxh3_64_hexdigest(raw)
 
-    async def set_version(self, version: str) -> None:
-        self.calls.append(f"version {version}")
-        self.live_version = version
+    async def serve(self, version: str) -> None:
+        self.calls.append(f"serve {version}")
+        if self.refuses_to_serve:
+            raise EngineError(f"engine {self.name}: POST /update_weight_version, got HTTP 500: no")
+        self.live_version, self.serving = version, True
+        self._live |= self._offered
+        self._offered = {}
 
     async def version(self) -> str:
         return self.live_version

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -9,6 +11,8 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from miles.errors import WeightUpdateError
 from miles.weights import SharedMemoryTransport, publish
@@ -52,7 +56,7 @@ async def test_order_and_figures(transport):
     engines = [Receiver("a"), Receiver("b")]
     stats = await publish(iter(Weights()), engines, transport, "7", BUFFER_BYTES, check_equal=True)
     for engine in engines:
-        assert engine.calls == ["pause", "bucket", "bucket", "bucket", "checksums", "version 7", "resume"]
+        assert engine.calls == ["pause", "bucket", "bucket", "bucket", "checksums", "serve 7"]
         assert engine.serving
         assert all(engine.held[f"t{i}"].eq(i).all() for i in range(10))
     assert (stats.version, stats.num_tensors, stats.num_buckets, stats.nbytes) == ("7", 10, 3, 640)
@@ -106,7 +110,7 @@ async def test_a_failed_load_leaves_all_paused_names_bucket_tensor_and_engine_an
     assert weights.read == 10  # other ranks take part in every gather
     for engine in engines:
         assert not engine.serving
-        assert "version 3" not in engine.calls
+        assert "serve 3" not in engine.calls
 
     engines[1].fail_on = None
     await publish(iter(Weights()), engines, transport, "4", BUFFER_BYTES)
@@ -157,3 +161,97 @@ async def test_check_equal_finds_what_changed_or_was_never_sent(transport):
         await publish(iter(Weights()), [engine], transport, "3", BUFFER_BYTES, check_equal=True)
     engine.held["stale.weight"] = torch.full((16,), 2.0)  # now an alias of t2, as a tied output layer is
     await publish(iter(Weights()), [engine], transport, "3", BUFFER_BYTES, check_equal=True)
+
+
+# ------------------------------------------------------------------------------------------ engines that adopt segments
+
+
+def segments_held() -> int:
+    """Mappings of weight segments in this process: the transport's and the receivers'."""
+    return sum("memfd:miles-weights" in line for line in open("/proc/self/maps"))
+
+
+async def test_engines_that_adopt_share_segments_that_take_turns(transport):
+    engines = [Receiver("a", adopts=True), Receiver("b", adopts=True)]
+    for version in range(6):
+        weights = [(f"t{i}", torch.full((16,), 100.0 * version + i)) for i in range(10)]
+        await publish(iter(weights), engines, transport, str(version), BUFFER_BYTES)
+        for engine in engines:
+            assert all(torch.equal(engine.adopted()[name], tensor) for name, tensor in weights)
+    used = engines[0].segments
+    assert used == engines[1].segments
+    # Three buckets a version, in as many segments; every second version in the same ones, bucket by bucket.
+    assert len(set(used[:6])) == 6
+    assert used[6:12] == used[12:18] == used[:6]
+
+
+async def test_engines_that_copy_leave_two_segments_for_any_number_of_buckets(transport):
+    engine = Receiver()
+    for version in range(3):
+        await publish(iter(Weights(40)), [engine], transport, str(version), BUFFER_BYTES)
+    assert len(engine.segments) == 30
+    assert len(set(engine.segments)) == 2
+
+
+async def test_without_memory_for_a_second_set_of_weights_engines_copy(transport, monkeypatch, caplog):
+    engine = Receiver(adopts=True)
+    monkeypatch.setattr("miles.weights.shm.available_bytes", lambda *, anonymous: 2 * BUFFER_BYTES - 1)
+    for version in range(3):
+        await publish(iter(Weights(40)), [engine], transport, str(version), BUFFER_BYTES)
+    assert engine.adopted() == {}
+    assert len(set(engine.segments)) == 2
+    assert caplog.text.count("engines copy weights instead of sharing them") == 1
+
+
+EVENTS = st.lists(
+    st.sampled_from(["all", "all", "first", "second", "fail first", "fail second", "no serve", "replace", "lose"]),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(EVENTS)
+def test_what_an_engine_serves_never_changes_under_it(events):
+    """Whatever happens to other engines and publications, and to engines that nobody hears of any more.
+
+    Every engine that ever served keeps reading its weights in place: they are those of the version that it last served.
+    """
+    transport = SharedMemoryTransport()
+    engines = [Receiver("a", adopts=True), Receiver("b", adopts=True)]
+    ever, before = list(engines), segments_held()
+
+    def value(version: str) -> float:
+        return 10.0 * int(version)
+
+    async def play() -> None:
+        for number, event in enumerate(events, start=1):
+            version = str(number)
+            targets = {"first": engines[:1], "second": engines[1:]}.get(event, engines)
+            if event == "replace":
+                engines[0] = Receiver("a", adopts=True)
+                ever.append(engines[0])
+                targets = engines[:1]
+            elif event == "lose":  # stopped, say: it goes on later, and nobody tells us
+                engines[1] = Receiver("b", adopts=True)
+                ever.append(engines[1])
+                targets = engines
+            engines[0].fail_on = "t3" if event == "fail first" else None
+            engines[1].fail_on = "t9" if event == "fail second" else None
+            engines[1].refuses_to_serve = event == "no serve"
+            weights = [(f"t{i}", torch.full((16,), value(version) + i)) for i in range(10)]
+            failing = event.startswith(("fail", "no"))
+            with pytest.raises(WeightUpdateError) if failing else contextlib.nullcontext():
+                await publish(iter(weights), targets, transport, version, BUFFER_BYTES)
+            for engine in ever:
+                for i, tensor in enumerate(engine.adopted().values()):
+                    assert tensor.eq(value(engine.live_version) + i).all(), (number, event, engine.name)
+
+    try:
+        asyncio.run(play())
+        del ever[:], engines[:]
+        gc.collect()
+        # The live version, and one more to fill: what else there was is given back.
+        assert segments_held() <= before + 3 * 3
+    finally:
+        transport.close()
+    assert segments_held() == before
