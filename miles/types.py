@@ -288,6 +288,8 @@ class LossInputs:
     """[] KTO's reference point, see `kto_baseline`."""
     scores: torch.Tensor | None = None
     """[B] with gradient, of a scalar head."""
+    divergence: torch.Tensor | None = None
+    """[R] with gradient, of the teacher's next-token distributions and the policy's."""
     channel: torch.Tensor | None = None
     """[B] int64, number of the row's channel, by which supervised losses are reported."""
     channels: tuple[str, ...] = ()

@@ -13,8 +13,11 @@ import math
 import torch
 
 from miles.interfaces import Reduce
+from miles.types import LossInputs, LossOutputs
 
-from .reductions import identity
+from .metrics import SCORED_TOKENS, TOTAL_WEIGHT, mean, total
+from .reductions import identity, masked_sum
+from .terms import required, trained_tokens
 
 #: A log-prob whose `exp` is exactly 0, and which, unlike -inf, can be multiplied by that.
 _NEVER = -1e4
@@ -42,6 +45,26 @@ def generalized_jsd(
         return reduce(_kl(student, teacher))
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     return reduce(beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture))
+
+
+def gkd_loss(inputs: LossInputs, sft_alpha: float = 0.0) -> LossOutputs:
+    """`sum_t w_t (divergence_t - sft_alpha log p_t)` over the trained tokens. arXiv 2306.13649.
+
+    `divergence` [R] is `generalized_jsd` of each token's distributions. Metrics: `divergence` and `nll`, means by
+    `token_weight`. Raises ValueError where the divergence is missing.
+    """
+    tokens = trained_tokens(inputs)
+    mask, weight = tokens.loss_mask, tokens.token_weight
+    values = divergence = required(tokens.divergence, "divergence", "--loss-type gkd")
+    if sft_alpha:
+        values = values - sft_alpha * tokens.log_probs
+    metrics = {
+        "divergence": mean(divergence, mask, weight),
+        "nll": mean(-tokens.log_probs, mask, weight),
+        SCORED_TOKENS: total(torch.ones_like(weight), mask),
+        TOTAL_WEIGHT: total(weight, mask),
+    }
+    return LossOutputs(masked_sum(values, mask, weight), metrics)
 
 
 def with_remainder(top: torch.Tensor) -> torch.Tensor:

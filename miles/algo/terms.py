@@ -25,10 +25,11 @@ TOKEN_COLUMNS = (
     "rollout_log_probs",
     "train_log_probs",
     "entropy",
+    "divergence",
 )
 
 #: Those of them that are functions of the weights.
-TRAINED_COLUMNS = ("log_probs", "entropy")
+TRAINED_COLUMNS = ("log_probs", "entropy", "divergence")
 
 
 @dataclass(frozen=True)

@@ -210,11 +210,11 @@ PATH_FLAGS = (
         "eval_config",
         "run_dir",
     ),
-    *("save_debug_rollout_data", "load_debug_rollout_data", "wandb_dir", "tb_project_name"),
+    *("teacher_load", "save_debug_rollout_data", "load_debug_rollout_data", "wandb_dir", "tb_project_name"),
 )
 HOOK_FLAGS = (
     *("custom_rm_path", "custom_generate_function_path", "dynamic_sampling_filter_path"),
-    "custom_tis_function_path",
+    *("custom_tis_function_path", "custom_loss_function_path"),
     *("custom_rollout_log_function_path", "custom_eval_rollout_log_function_path"),
 )
 

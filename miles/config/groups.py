@@ -86,6 +86,8 @@ class CkptArgs:
     """Also export the critic there at each save, as HF safetensors with a head of one score, which --critic-load reads. What resuming needs is in --save."""
     no_save_optim: bool = False
     """Weights-only checkpoints."""
+    teacher_load: str | None = None
+    """Teacher of --loss-type gkd and --use-opd: an HF directory with the student's vocabulary, of any size. A second model in each trainer."""
     model_name: str | None = None
     """Weight-name mapping to use; defaults to the HF model_type."""
 
@@ -250,8 +252,18 @@ class PerfArgs:
 class GrpoArgs:
     """GRPO: Advantages, losses and corrections."""
 
-    loss_type: Literal["policy_loss", "sft_loss", "dpo", "kto", "orpo", "simpo", "cpo", "rm"] = "policy_loss"
-    """What is trained: policy_loss (answers of the engines, by their rewards), sft_loss (conversations of --prompt-data, as they are), dpo, orpo, simpo, cpo (pairs of answers), kto (answers judged good or bad)."""
+    loss_type: Literal["policy_loss", "sft_loss", "gkd", "custom_loss", "dpo", "kto", "orpo", "simpo", "cpo", "rm"] = (
+        "policy_loss"
+    )
+    """What is trained: policy_loss (answers of the engines, by their rewards), sft_loss (conversations of --prompt-data, as they are), gkd (the same rows by a teacher's distributions), custom_loss (as policy_loss, by a function of one's own), dpo, orpo, simpo, cpo (pairs of answers), kto (answers judged good or bad)."""
+    custom_loss_function_path: str | None = None
+    """Loss hook of --loss-type custom_loss: `f(args, tokens) -> (token_losses, metrics)`, a loss for each token; see docs/algorithms.md."""
+    use_opd: bool = False
+    """On-policy distillation: advantages lose --opd-kl-coef times log(policy / teacher) at every token."""
+    opd_type: Literal["megatron"] | None = None
+    """Where its teacher runs: megatron, in the trainers (--teacher-load), which is the default."""
+    opd_kl_coef: float = 1.0
+    """Weight of that term."""
     advantage_estimator: str = "grpo"
     """Advantage estimator: grpo, gspo (with --policy-loss gspo), rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, ppo (GAE with a critic), gdpo, maxrl, remax, opo, pass_at_k, or one that a --plugin registers; see docs/algorithms.md."""
     policy_loss: str | None = None
@@ -378,6 +390,18 @@ class PreferenceArgs:
     """kto: weight of answers judged bad."""
     center_rewards_coefficient: float = 0.0
     """rm: weight of the squared sum of a pair's scores, which keeps scores around 0; 0.01 is usual."""
+
+
+@dataclass(frozen=True)
+class GkdArgs:
+    """GKD: Distillation from the next-token distributions of --teacher-load."""
+
+    gkd_beta: float = 0.5
+    """Divergence: 0 is KL(teacher, student), 1 KL(student, teacher), between them the generalised Jensen-Shannon divergence."""
+    gkd_temperature: float = 1.0
+    """Divides the logits of both."""
+    sft_alpha: float = 0.0
+    """Weight of the rows' own likelihood beside it."""
 
 
 @dataclass(frozen=True)
@@ -560,6 +584,7 @@ class Config:
     grpo: GrpoArgs = field(default_factory=GrpoArgs)
     sft: SftArgs = field(default_factory=SftArgs)
     preference: PreferenceArgs = field(default_factory=PreferenceArgs)
+    gkd: GkdArgs = field(default_factory=GkdArgs)
     optimizer: OptimizerArgs = field(default_factory=OptimizerArgs)
     sglang: SglangArgs = field(default_factory=SglangArgs)
     cluster: ClusterArgs = field(default_factory=ClusterArgs)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from .groups import Config, GrpoArgs, SglangArgs
 from .problem import Problem
-from .rule import Facts, Rule, needs
+from .rule import Facts, Range, Rule, needs
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Job:
 
 JOBS: dict[str, Job] = {
     "policy_loss": Job("prompts", engines=True, rewards=True),
+    "custom_loss": Job("prompts", engines=True, rewards=True),
     "sft_loss": Job("conversations", loss_aggregation="token_mean"),
+    "gkd": Job("conversations", loss_aggregation="token_mean"),
     **dict.fromkeys(("dpo", "orpo", "simpo", "cpo", "rm"), Job("pairs", preference="pairs")),
     "kto": Job("judged", preference="judged"),
 }
@@ -83,8 +85,11 @@ POLICY_FLAGS = tuple(field.name for field in dataclasses.fields(GrpoArgs) if fie
 
 #: Flag -> the loss types that read it, for flags that not every job reads and that are in none of the lists above.
 READ_BY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("sft_token_loss", "loss_scale", "channel_key"), ("sft_loss",)),
-    "overlong_rows": ("sft_loss", "dpo", "kto", "orpo", "simpo", "cpo", "rm"),
+    "sft_token_loss": ("sft_loss",),
+    **dict.fromkeys(("loss_scale", "channel_key"), ("sft_loss", "gkd")),
+    **dict.fromkeys(("gkd_beta", "gkd_temperature", "sft_alpha"), ("gkd",)),
+    "custom_loss_function_path": ("custom_loss",),
+    "overlong_rows": ("sft_loss", "gkd", "dpo", "kto", "orpo", "simpo", "cpo", "rm"),
     "center_rewards_coefficient": ("rm",),
     **dict.fromkeys(("dpo_loss_type", "dpo_loss_weights", "f_divergence", "f_alpha_divergence_coef"), ("dpo",)),
     **dict.fromkeys(("rpo_alpha", "ld_alpha", "discopop_tau"), ("dpo",)),
@@ -95,6 +100,14 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "simpo_gamma": ("simpo",),
     "cpo_alpha": ("cpo",),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto",)),
+}
+
+
+JOB_RANGES: dict[str, Range] = {
+    "gkd_beta": Range(0, 1),
+    "gkd_temperature": Range(0, open_low=True),
+    "sft_alpha": Range(0),
+    "opd_kl_coef": Range(0, open_low=True),
 }
 
 
@@ -109,6 +122,21 @@ def flags_are_read_by_the_job(facts: Facts) -> Iterator[Problem]:
         yield from needs(facts, (field,), unless=name in losses, why=f"{flag} does not read it", fix=takes)
 
 
+def parts_are_given(facts: Facts) -> Iterator[Problem]:
+    config, grpo = facts.config, facts.config.grpo
+    if grpo.loss_type == "custom_loss" and grpo.custom_loss_function_path is None:
+        yield Problem("--loss-type", "custom_loss", "there is no function", "add --custom-loss-function-path PATH")
+    asks = "--use-opd" if grpo.use_opd else "--loss-type gkd" if grpo.loss_type == "gkd" else None
+    if asks is not None and config.ckpt.teacher_load is None:
+        yield Problem(asks, None, "there is no teacher", "add --teacher-load DIR")
+    why = "neither --loss-type gkd nor --use-opd asks for a teacher"
+    yield from needs(facts, ("teacher_load",), unless=asks is not None, why=why, fix="add one, or leave it out")
+    why = "without --use-opd there is no such term"
+    yield from needs(
+        facts, ("opd_kl_coef", "opd_type"), unless=grpo.use_opd, why=why, fix="add --use-opd, or leave it out"
+    )
+
+
 def rows_fit_model(facts: Facts) -> Iterator[Problem]:
     longest, model = facts.config.model.seq_length, facts.config.model.max_position_embeddings
     if "seq_length" in facts.given and longest is not None and model is not None and longest > model:
@@ -116,4 +144,4 @@ def rows_fit_model(facts: Facts) -> Iterator[Problem]:
         yield Problem("--seq-length", longest, why, f"give at most {model}")
 
 
-JOB_RULES: tuple[Rule, ...] = (flags_are_read_by_the_job, rows_fit_model)
+JOB_RULES: tuple[Rule, ...] = (flags_are_read_by_the_job, parts_are_given, rows_fit_model)

@@ -30,7 +30,6 @@ PARTS: tuple[Part, ...] = (
     Part(
         "more losses and corrections",
         {
-            "custom-loss-function-path": "a loss of one's own",
             "custom-pg-loss-reducer-function-path": "a reduction of the policy loss of one's own",
             "disable-compute-advantages-and-returns": "training without advantages, for supervised losses",
             "ref-update-interval": "taking the actor as the new reference every N rollouts",
@@ -45,9 +44,6 @@ PARTS: tuple[Part, ...] = (
     Part(
         "on-policy distillation",
         {
-            "use-opd": "distillation from a teacher on the policy's own samples",
-            "opd-type": "where the teacher runs",
-            "opd-kl-coef": "weight of the distillation term",
             "opd-log-prob-top-k": "teacher log-probs of the top k tokens",
             "opd-top-k-strategy": "whose top k tokens count",
             "opd-reward-weight-mode": "weights of those tokens",
@@ -367,6 +363,7 @@ INSTEAD: Mapping[str, str] = {
     "observe-training-entropy": "leave it out: entropy is always logged",
     "skip-actor-forward-only": "leave it out: with one optimizer step per rollout there is no such pass",
     "no-check-for-nan-in-loss-and-grad": "leave it out: a NaN always stops the run before weights are touched",
+    "opd-teacher-load": "name the teacher in --teacher-load",
     "eval-input-key": "set input_key of a dataset in --eval-config",
     "eval-label-key": "set label_key of a dataset in --eval-config",
     "eval-tool-key": "set tool_key of a dataset in --eval-config",
@@ -407,10 +404,7 @@ ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 #: Field -> choices that its flag will have -> what they would do.
 PLANNED_CHOICES: Mapping[str, Mapping[str, str]] = {
-    "loss_type": {
-        "gkd": "distillation from a teacher",
-        "custom_loss": "a loss of one's own",
-    },
+    "opd_type": {"sglang": "a teacher on an engine"},
     "train_backend": {"fsdp": "the FSDP trainer"},
     "optimizer": {"muon": "the Muon optimizer"},
 }

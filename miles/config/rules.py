@@ -18,7 +18,7 @@ from .engine_args import DETERMINISTIC_BACKENDS, check_engine_args
 from .eval_datasets import eval_datasets
 from .fields import fields, flatten, show
 from .groups import Config
-from .jobs import JOB_RULES, job_of
+from .jobs import JOB_RANGES, JOB_RULES, job_of
 from .preference_rules import PREFERENCE_RANGES, PREFERENCE_RULES
 from .problem import Problem
 from .reward_rules import REWARD_RANGES, REWARD_RULES
@@ -87,6 +87,7 @@ RANGES: dict[str, Range] = {
     **CRITIC_RANGES,
     **REWARD_RANGES,
     **PREFERENCE_RANGES,
+    **JOB_RANGES,
 }
 
 
@@ -533,7 +534,10 @@ def epochs_need_prompts(facts: Facts) -> Iterator[Problem]:
 
 def files_exist(facts: Facts) -> Iterator[Problem]:
     config = facts.config
-    wanted: list[tuple[str, str | None]] = [("--ref-load", config.ckpt.ref_load)]
+    wanted: list[tuple[str, str | None]] = [
+        ("--ref-load", config.ckpt.ref_load),
+        ("--teacher-load", config.ckpt.teacher_load),
+    ]
     if not config.debug.debug_train_only:
         wanted.append(("--prompt-data", config.rollout.prompt_data))
     if _eval_can_be_read(facts):

@@ -298,7 +298,9 @@ def _post_processed(
 def _scores_every_row(grpo: GrpoArgs) -> bool:
     """Whether a row of zero advantage has a gradient or a metric: another term applies, its tokens get advantages of their
     own, or it belongs to a population that is compared."""
-    changes_advantages = grpo.kl_coef != 0 or bool(grpo.normalize_advantages) or grpo.advantage_estimator == "ppo"
+    changes_advantages = (
+        grpo.kl_coef != 0 or bool(grpo.normalize_advantages) or grpo.advantage_estimator == "ppo" or grpo.use_opd
+    )
     return grpo.use_kl_loss or grpo.entropy_coef != 0 or changes_advantages or grpo.entropy_quantile < 1
 
 

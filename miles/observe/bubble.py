@@ -12,6 +12,7 @@ from collections.abc import Mapping
 _ENGINES = ("perf/generate_time", "perf/eval_time")
 _TRAINERS = (
     *("perf/actor_train_time", "perf/ref_log_probs_time", "perf/old_log_probs_time"),
+    "perf/teacher_log_probs_time",
     *("perf/critic_train_time", "perf/values_time"),
 )
 

@@ -224,6 +224,21 @@ GROUPS: tuple[Group, ...] = (
                 "nats",
                 "falls; judge it by eval/<dataset>/loss",
             ),
+            (
+                "train/divergence",
+                "mean divergence of the teacher's next-token distributions and the policy's (--loss-type gkd)",
+                "scored tokens",
+                "nats",
+                "falls; 0 is the teacher itself",
+            ),
+            (
+                "train/teacher_kl",
+                "mean of log policy - log teacher at the sampled tokens (--use-opd), before the update",
+                "response tokens of the batch",
+                "nats",
+                "falls towards 0",
+            ),
+            ("train/custom/<part>", "metrics of --custom-loss-function-path", "scored tokens", "-", "-"),
             ("train/nll_<channel>", "the same of one channel", "scored tokens of that channel", "nats", "as train/nll"),
             ("train/pg_loss", "its policy term", "as train/loss", "-", "as train/loss"),
             (
@@ -607,6 +622,13 @@ GROUPS: tuple[Group, ...] = (
                 "main rank",
                 "s",
                 "about a third of actor_train_time",
+            ),
+            (
+                "perf/teacher_log_probs_time",
+                "part of it: the teacher's log-probs (--use-opd)",
+                "main rank",
+                "s",
+                "as ref_log_probs_time, times the teacher's size",
             ),
             ("perf/values_time", "part of it: the critic's values", "main rank", "s", "as ref_log_probs_time"),
             (

@@ -103,6 +103,18 @@ def _custom_correction(config: Config) -> Problem | None:
     return None
 
 
+def _custom_loss(config: Config) -> Problem | None:
+    path, flag = config.grpo.custom_loss_function_path, "--custom-loss-function-path"
+    if path is None:
+        return None
+    try:
+        load_hook(path, flag=flag, parameters=("args", "tokens"), is_async=False)
+    except HookError as error:
+        why, _, fix = str(error).removeprefix(f"{flag}, got {path}: ").rpartition("; ")
+        return Problem(flag, path, why or fix, fix if why else "it is called with (args, tokens)")
+    return None
+
+
 def _check_parts_of_the_loss(config: Config) -> list[Problem]:
     """Names that are not built in are looked for among what plugins registered; only then is torch imported."""
     names = {name: getattr(config.grpo, name) for name in ("policy_loss", "off_policy_correction")}
@@ -121,4 +133,5 @@ _RULES: tuple[Callable[[Config], Problem | None], ...] = (
     _linear_biases,
     _norm_epsilon,
     _custom_correction,
+    _custom_loss,
 )

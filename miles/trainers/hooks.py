@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miles.algo import PolicyLossSpec, Term
-from miles.algo.metrics import mean
+from miles.algo.metrics import SCORED_TOKENS, TOTAL_WEIGHT, mean, total
+from miles.algo.reductions import masked_sum
+from miles.algo.terms import trained_tokens
 from miles.config import args_view, load_hook
 from miles.errors import HookError
-from miles.types import LossInputs
+from miles.types import LossInputs, LossOutputs
 
 from .check import CORRECTION_KEYWORDS
 
@@ -106,3 +108,40 @@ def custom_correction(path: str, config: Config) -> Callable[[torch.Tensor, Loss
 def _per_token(value: Any, like: torch.Tensor) -> torch.Tensor:
     """A metric of [R], or of one number, as [R]."""
     return torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def custom_loss(path: str, config: Config) -> Callable[[LossInputs], LossOutputs]:
+    """The loss `f(args, tokens) -> (token_losses, metrics)` of --custom-loss-function-path as a loss of ours.
+
+    tokens: `LossInputs` of a micro-batch, `R` tokens, zeros where a token is not trained on. token_losses: [R] with gradient;
+    `token_weight` sums them, so that no split over ranks and micro-batches changes the loss. metrics: of [R] or one number
+    each, logged as means over the trained tokens under `train/custom/`. Raises HookError for a result of another form.
+    """
+    flag = "--custom-loss-function-path"
+    hook = load_hook(path, flag=flag, parameters=("args", "tokens"))
+    args = args_view(config)
+
+    def loss(inputs: LossInputs) -> LossOutputs:
+        tokens = trained_tokens(inputs)
+        mask, weight = tokens.loss_mask, tokens.token_weight
+        result = hook(args, tokens)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise HookError(f"{flag}, got {type(result).__name__} of {path}: it returns (token_losses, metrics)")
+        values, told = result
+        if not isinstance(values, torch.Tensor) or values.shape != tokens.log_probs.shape:
+            raise HookError(
+                f"{flag}, got token_losses of {getattr(values, 'shape', None)} from {path}: the micro-batch has "
+                f"{tuple(tokens.log_probs.shape)}; return one loss for each token"
+            )
+        try:
+            means = {str(name): _per_token(value, values) for name, value in dict(told or {}).items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise HookError(
+                f"{flag}, got metrics of another form of {path} ({error}): return one number, or one for each token"
+            ) from error
+        metrics = {f"custom/{name}": mean(value, mask, weight) for name, value in means.items()}
+        counts = {SCORED_TOKENS: total(torch.ones_like(weight), mask), TOTAL_WEIGHT: total(weight, mask)}
+        # A loss that does not use the policy has no gradient, and megatron goes back through every micro-batch.
+        return LossOutputs(masked_sum(values, mask, weight) + tokens.log_probs.sum() * 0, {**metrics, **counts})
+
+    return loss

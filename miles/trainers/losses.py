@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from miles.algo import PolicyLossSpec, policy_loss
+from miles.algo.distillation import gkd_loss
 from miles.algo.kto import kto, kto_rows
 from miles.algo.preference import COUPLED, cpo, dpo, dpo_of_pairs, orpo, pair_slopes, reward_model, simpo
 from miles.algo.preference_spec import PreferenceSpec
@@ -21,10 +22,18 @@ from miles.algo.sequences import Pairs, Rows, pairs_of
 from miles.algo.supervised import sft_loss
 from miles.types import LossInputs, LossOutputs
 
-from .hooks import with_custom_correction
+from .hooks import custom_loss, with_custom_correction
 
 if TYPE_CHECKING:
     from miles.config.groups import Config
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which one, see `generalized_jsd`."""
+
+    beta: float
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Loss:
     """Given where the loss of a pair depends on the other pairs of its optimizer step."""
     baseline_rows: Callable[[LossInputs], Rows] | None = None
     """Given where the loss compares with `kl_baseline`, which is made of these rows of mismatched prompts and responses."""
+    divergence: Divergence | None = None
+    """From the teacher's distributions, at every token."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,20 @@ def _of_pairs(function: Callable[[LossInputs, PreferenceSpec], LossOutputs]) -> 
     return build
 
 
+def _gkd(config: Config) -> Loss:
+    gkd = config.gkd
+    return Loss(
+        functools.partial(gkd_loss, sft_alpha=gkd.sft_alpha), divergence=Divergence(gkd.gkd_beta, gkd.gkd_temperature)
+    )
+
+
+def _custom(config: Config) -> Loss:
+    """What the policy loss is given, and a user's function of it."""
+    path = config.grpo.custom_loss_function_path
+    assert path is not None, "checked at launch"
+    return dataclasses.replace(_policy(config), function=custom_loss(path, config))
+
+
 LOSSES: Mapping[str, Callable[[Config], Loss]] = {
     "policy_loss": _policy,
     "sft_loss": _sft,
@@ -136,4 +161,6 @@ LOSSES: Mapping[str, Callable[[Config], Loss]] = {
     "simpo": _of_pairs(simpo),
     "cpo": _of_pairs(cpo),
     "rm": _rm,
+    "gkd": _gkd,
+    "custom_loss": _custom,
 }

@@ -13,13 +13,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from miles.config.groups import Config
 from miles.errors import CheckpointError
 from miles.trainers import checkpoints
 
 from . import checkpoint
-from .hf_files import HfReader, is_hf_directory
-from .hf_names import NameMap
-from .model import ScalarModel
+from .hf_files import HfReader, is_hf_directory, read_config
+from .hf_names import NameMap, Shape
+from .model import ScalarModel, padded_vocab_size
 from .parallel import Parallel
 
 _SCORE, _OUTPUT = "score.weight", "lm_head.weight"
@@ -113,3 +114,24 @@ class ModelWeights:
     @property
     def _layer_offset(self) -> int:
         return int(get_transformer_layer_offset(self._model.config))
+
+
+def name_map(config: Config, parallel: Parallel) -> NameMap:
+    """The HF names of the configuration's model. Raises CheckpointError where the kind of model is not known."""
+    model, ckpt = config.model, config.ckpt
+    model_type = ckpt.model_name
+    if model_type is None:
+        if ckpt.hf_checkpoint is None:
+            raise CheckpointError(
+                "--hf-checkpoint, got none: the kind of model is read there; name it, or give --model-name"
+            )
+        model_type = str(read_config(ckpt.hf_checkpoint).get("model_type"))
+    heads, groups = model.num_attention_heads or 0, model.num_query_groups or model.num_attention_heads or 0
+    shape = Shape(
+        num_query_groups=groups,
+        heads_per_group=heads // groups,
+        head_dim=model.kv_channels or 0,
+        vocab_size=model.vocab_size or 0,
+        padded_vocab_size=padded_vocab_size(config, parallel.sizes),
+    )
+    return NameMap(model_type, shape)

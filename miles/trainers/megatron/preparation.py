@@ -30,14 +30,20 @@ def token_advantage_spec(grpo: GrpoArgs) -> algo.TokenAdvantageSpec:
         kl_type=grpo.kl_loss_type,
         gamma=grpo.gamma,
         whiten=bool(grpo.normalize_advantages),
+        opd_kl_coef=grpo.opd_kl_coef if grpo.use_opd else 0.0,
         lambd=grpo.lambd if grpo.advantage_estimator == "ppo" else None,
     )
 
 
 def token_advantages(
-    batch: TrainBatch, spec: algo.TokenAdvantageSpec, parallel: Parallel, old: Tensor | None, reference: Tensor | None
+    batch: TrainBatch,
+    spec: algo.TokenAdvantageSpec,
+    parallel: Parallel,
+    old: Tensor | None,
+    reference: Tensor | None,
+    teacher: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Advantages [R] of the response tokens, and what they were made of: `reward_kl`, `advantage_abs`."""
+    """Advantages [R] of the response tokens, and what they were made of: `reward_kl`, `teacher_kl`, `advantage_abs`."""
     mask, row = _trained(batch, parallel.device)
     reduce = parallel.sum_over_data
     advantages = algo.token_advantages(
@@ -47,9 +53,10 @@ def token_advantages(
         spec,
         old_log_probs=old,
         ref_log_probs=reference,
+        teacher_log_probs=teacher,
         reduce=reduce,
     )
-    return advantages, _advantage_metrics(advantages, mask, spec, parallel, old, reference)
+    return advantages, _advantage_metrics(advantages, mask, spec, parallel, old, reference, teacher)
 
 
 def critic_advantages(
@@ -59,6 +66,7 @@ def critic_advantages(
     values: Tensor,
     old: Tensor | None,
     reference: Tensor | None,
+    teacher: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Advantages [R] and returns [R] of the response tokens, from the critic's values [R]; and what they were made of:
     `value`, `return`, `explained_variance` (where returns differ), and the metrics of `token_advantages`."""
@@ -66,9 +74,17 @@ def critic_advantages(
     reduce = parallel.sum_over_data
     rewards = torch.from_numpy(batch.rows["rewards"]).to(parallel.device)
     advantages, returns = algo.critic_advantages(
-        rewards, values, mask, row, spec, old_log_probs=old, ref_log_probs=reference, reduce=reduce
+        rewards,
+        values,
+        mask,
+        row,
+        spec,
+        old_log_probs=old,
+        ref_log_probs=reference,
+        teacher_log_probs=teacher,
+        reduce=reduce,
     )
-    metrics = _advantage_metrics(advantages, mask, spec, parallel, old, reference)
+    metrics = _advantage_metrics(advantages, mask, spec, parallel, old, reference, teacher)
     metrics["value"] = float(algo.masked_mean(values.double(), mask, reduce))
     metrics["return"] = float(algo.masked_mean(returns.double(), mask, reduce))
     explained = algo.explained_variance(values, returns, mask, reduce)
@@ -84,6 +100,7 @@ def _advantage_metrics(
     parallel: Parallel,
     old: Tensor | None,
     reference: Tensor | None,
+    teacher: Tensor | None,
 ) -> dict[str, float]:
     reduce = parallel.sum_over_data
     metrics = {"advantage_abs": float(algo.masked_mean(advantages.abs().double(), mask, reduce))}
@@ -91,6 +108,10 @@ def _advantage_metrics(
         assert old is not None
         assert reference is not None
         metrics["reward_kl"] = float(algo.masked_mean(kl(spec.kl_type, old, reference).double(), mask, reduce))
+    if spec.opd_kl_coef:
+        assert old is not None
+        assert teacher is not None
+        metrics["teacher_kl"] = float(algo.masked_mean((old - teacher).double(), mask, reduce))
     return metrics
 
 

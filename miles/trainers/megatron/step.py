@@ -28,6 +28,7 @@ from .logprobs import TokenScores, Vocabulary, is_first_choice, token_scores
 from .model import PolicyModel
 from .packing import MicroBatch
 from .parallel import Parallel
+from .teacher import Teacher
 from .whole_step import WholeStep, baseline_of, coupled_outputs, slopes_of
 
 T = TypeVar("T")
@@ -68,11 +69,13 @@ class Passes:
         vocab_size: int,
         chunk_tokens: int,
         loss: Loss,
+        teacher: Teacher | None = None,
         use_rollout_logprobs: bool,
     ):
         self._model, self._parallel = model, parallel
         self._policy: PolicyModel = model.module
-        self._chunk_tokens, self._loss, self._use_rollout_logprobs = chunk_tokens, loss, use_rollout_logprobs
+        self._chunk_tokens, self._loss, self._teacher = chunk_tokens, loss, teacher
+        self._use_rollout_logprobs = use_rollout_logprobs
         self._vocabulary = self._my_vocabulary(vocab_size)
         self.seen: Tensor | None = None
         """[response tokens of the batch]: where it is set, optimizer steps put the log-probs there that they compute."""
@@ -114,7 +117,7 @@ class Passes:
         """`function` of each micro-batch's loss inputs, without a gradient."""
 
         def collect(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> T:
-            return function(self._loss_inputs(batch, self._scores(batch, hidden), known, keep=False))
+            return function(self._loss_inputs(batch, hidden, known, keep=False))
 
         return self._run(micro_batches, collect, forward_only=True)
 
@@ -128,7 +131,7 @@ class Passes:
         step = self._before_step(micro_batches, known, mismatched)
 
         def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-            outputs, value = self._outputs(batch, self._scores(batch, hidden), known, step)
+            outputs, value = self._outputs(batch, hidden, known, step)
             metrics = {**outputs.metrics, "loss": ("sum", value)}
             # Megatron would divide by this count; our denominators are in the weights already.
             return outputs.loss, torch.zeros((), dtype=torch.int), metrics
@@ -146,7 +149,7 @@ class Passes:
         step = self._before_step(micro_batches, known, mismatched)
 
         def loss(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> dict[str, Metric]:
-            outputs, value = self._outputs(batch, self._scores(batch, hidden), known, step)
+            outputs, value = self._outputs(batch, hidden, known, step)
             metrics: dict[str, Metric] = {**outputs.metrics, "loss": ("sum", value)}
             if batch.preferences is not None:
                 return metrics
@@ -163,10 +166,10 @@ class Passes:
         return run_micro_batches(self._model, micro_batches, finish, forward_only=forward_only)
 
     def _outputs(
-        self, batch: MicroBatch, scores: TokenScores, known: KnownLogProbs, step: WholeStep
+        self, batch: MicroBatch, hidden: Tensor, known: KnownLogProbs, step: WholeStep
     ) -> tuple[LossOutputs, Tensor]:
         """Of one micro-batch: the loss to go back from, with its metrics, and its value, detached."""
-        inputs = self._loss_inputs(batch, scores, known)
+        inputs = self._loss_inputs(batch, hidden, known)
         if self._loss.coupled is not None:
             return coupled_outputs(self._loss.coupled, inputs, batch, step)
         if step.kl_baseline is not None:
@@ -183,6 +186,17 @@ class Passes:
             batch.temperatures,
             self._vocabulary,
             self._chunk_tokens,
+        )
+
+    def _divergence(self, batch: MicroBatch, hidden: Tensor) -> Tensor | None:
+        """[R] of the teacher's distributions and ours, with gradient; None where the loss does not want it."""
+        wanted = self._loss.divergence
+        if wanted is None:
+            return None
+        assert self._teacher is not None, "checked at launch"
+        student = self._predicting(batch, hidden)
+        return self._teacher.divergence(
+            batch, student, self._policy.head_weight, beta=wanted.beta, temperature=wanted.temperature
         )
 
     def _is_first_choice(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
@@ -204,10 +218,9 @@ class Passes:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=tp)
         return hidden.squeeze(1).index_select(0, batch.predictors)
 
-    def _loss_inputs(
-        self, batch: MicroBatch, scores: TokenScores, known: KnownLogProbs, *, keep: bool = True
-    ) -> LossInputs:
+    def _loss_inputs(self, batch: MicroBatch, hidden: Tensor, known: KnownLogProbs, *, keep: bool = True) -> LossInputs:
         """keep: puts the log-probs into `seen`, where that is set."""
+        scores = self._scores(batch, hidden)
         now = scores.log_probs.detach()
         if keep and self.seen is not None:
             self.seen[batch.slots] = now.to(self.seen.dtype)
@@ -237,6 +250,7 @@ class Passes:
             chosen_rows=None if preferences is None else preferences.chosen_rows,
             rejected_rows=None if preferences is None else preferences.rejected_rows,
             margin=None if preferences is None else preferences.margin,
+            divergence=self._divergence(batch, hidden),
             channel=batch.channel,
             channels=batch.channels,
         )

@@ -33,17 +33,17 @@ from miles.types import TrainBatch
 
 from . import checkpoint, cpu, rng
 from .critic import Critic
-from .hf_files import read_config, write_hf_directory
-from .hf_names import NameMap, Shape
+from .hf_files import write_hf_directory
 from .learner import Learner, NonFiniteStep, reduce_metrics
-from .model import build_model, build_scalar_model, padded_vocab_size, params_dtype, shares_prompts
-from .model_weights import ModelWeights
+from .model import build_model, build_scalar_model, params_dtype, shares_prompts
+from .model_weights import ModelWeights, name_map
 from .packing import MicroBatch, pack, split_rows, traced_log_probs, with_last_inputs
 from .parallel import Parallel
 from .preparation import critic_advantages, entropy_mask, token_advantage_spec, token_advantages
 from .roles import ReferenceWeights
 from .scores import ScorePasses
 from .step import KnownLogProbs, Mismatched, Passes
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +92,14 @@ class MegatronTrainer:
         try:
             rng.seed(config.cluster.seed)
             self.dtype = params_dtype(self.parallel.device)
-            self._names = _name_map(config, self.parallel)
+            self._names = name_map(config, self.parallel)
             with cpu.cuda_means_cpu():
                 build = build_scalar_model if self._loss.of_scores else build_model
                 self._model = build(config, self.parallel)
             tied = not config.model.untie_embeddings_and_output_weights
             self._weights = ModelWeights(self._model, self._names, self.parallel, tied=tied)
             self._critic: Critic | None = None
+            self._teacher = Teacher(config, self.parallel) if config.ckpt.teacher_load is not None else None
             if config.grpo.advantage_estimator == "ppo":
                 self._critic = Critic(config, self._names, self.parallel, total_steps=total_optimizer_steps)
         except BaseException:
@@ -166,6 +167,7 @@ class MegatronTrainer:
             vocab_size=self._names.shape.vocab_size,
             chunk_tokens=config.perf.log_probs_chunk_size,
             loss=self._loss,
+            teacher=self._teacher,
             use_rollout_logprobs=config.grpo.use_rollout_logprobs,
         )
 
@@ -256,9 +258,14 @@ class MegatronTrainer:
         num_tokens = len(batch.ragged["tokens"]) and int(batch.rows["response_lengths"].sum())
         spec = token_advantage_spec(grpo)
         metrics: dict[str, float] = {}
-        scores = advantages = policy_mask = values = returns = None
+        teacher = scores = advantages = policy_mask = values = returns = None
         reference = self._reference_log_probs(batch, steps)
-        needs_old = (len(steps) > 1 or spec.kl_coef != 0) and self._loss.needs_old_log_probs
+        if grpo.use_opd:
+            assert self._teacher is not None, "checked at launch"
+            with self._timers.phase("teacher_log_probs"):
+                teacher = self._teacher.log_probs(flat, num_tokens)
+        compares = spec.kl_coef != 0 or spec.opd_kl_coef != 0
+        needs_old = (len(steps) > 1 or compares) and self._loss.needs_old_log_probs
         if needs_old or grpo.entropy_quantile < 1:
             with self._timers.phase("old_log_probs"):
                 scores = self._passes.score(flat, num_tokens)
@@ -268,9 +275,11 @@ class MegatronTrainer:
             if self._critic is not None:
                 with self._timers.phase("values"):
                     values = self._critic.values(flat, num_tokens)
-                advantages, returns, made = critic_advantages(batch, spec, self.parallel, values, behind, reference)
+                advantages, returns, made = critic_advantages(
+                    batch, spec, self.parallel, values, behind, reference, teacher
+                )
             else:
-                advantages, made = token_advantages(batch, spec, self.parallel, behind, reference)
+                advantages, made = token_advantages(batch, spec, self.parallel, behind, reference, teacher)
             metrics |= {f"train/{name}": value for name, value in made.items()}
         if grpo.entropy_quantile < 1:
             assert scores is not None
@@ -429,26 +438,6 @@ class MegatronTrainer:
     def close(self) -> None:
         """Leaves the process group. Safe to call twice."""
         self.parallel.close()
-
-
-def _name_map(config: Config, parallel: Parallel) -> NameMap:
-    model, ckpt = config.model, config.ckpt
-    model_type = ckpt.model_name
-    if model_type is None:
-        if ckpt.hf_checkpoint is None:
-            raise CheckpointError(
-                "--hf-checkpoint, got none: the kind of model is read there; name it, or give --model-name"
-            )
-        model_type = str(read_config(ckpt.hf_checkpoint).get("model_type"))
-    heads, groups = model.num_attention_heads or 0, model.num_query_groups or model.num_attention_heads or 0
-    shape = Shape(
-        num_query_groups=groups,
-        heads_per_group=heads // groups,
-        head_dim=model.kv_channels or 0,
-        vocab_size=model.vocab_size or 0,
-        padded_vocab_size=padded_vocab_size(config, parallel.sizes),
-    )
-    return NameMap(model_type, shape)
 
 
 def _deterministic_kernels() -> None:
