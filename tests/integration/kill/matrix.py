@@ -89,7 +89,7 @@ def run_case(task: Path, directory: Path, reference: Finished, victim: str, phas
         first.check()
     else:
         assert first.returncode == (SIGKILLED if victim == "driver" else FAILED), first.output
-        named = r"error: ProcessDied: process (trainer-1|rollout-manager), got its end while the run waited for "
+        named = r"error: ProcessDied: process (trainer-\d|rollout-manager), got its end while the run waited for "
         assert victim == "driver" or re.search(named, first.output), first.output
         last = _run(task, directory, f"{victim}:{phase}").check()
         assert "found a run in" in last.output, last.output
