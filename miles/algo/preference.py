@@ -204,7 +204,7 @@ def discopop(scored: Scored, spec: PreferenceSpec) -> torch.Tensor:
 
 @pair_losses.register("sft")
 def sft(scored: Scored, spec: PreferenceSpec) -> torch.Tensor:
-    """NLL of the chosen response, the mean over its tokens: for a sum of several losses (MPO)."""
+    """NLL of the chosen response, the mean over its tokens: for a sum of several losses (MPO, arXiv 2411.10442)."""
     return -scored.pairs.chosen_average
 
 

@@ -16,7 +16,7 @@ from .fields import build_config, fields, show
 from .groups import Config
 from .hf import model_values, read_hf_config
 from .hooks import absolute_hook, absolute_path
-from .jobs import JOBS
+from .jobs import JOBS, find_job
 from .platform import Platform
 from .problem import Problem
 from .source import DEFAULT, Source
@@ -110,7 +110,7 @@ def _batch_sizes(draft: Draft) -> None:
 def _lengths(draft: Draft) -> None:
     v = draft.values
     limit, engine_limit = v["max_position_embeddings"], v["sglang_args"].get("context_length")
-    if not JOBS[v["loss_type"]].engines and v["seq_length"] is not None:
+    if not find_job(v["loss_type"], online=v["online_preferences"]).engines and v["seq_length"] is not None:
         draft.fill("rollout_max_context_len", min(v["seq_length"], limit or v["seq_length"]), "--seq-length")
     if isinstance(engine_limit, int) and (limit is None or engine_limit < limit):
         draft.fill("rollout_max_context_len", engine_limit, "--sglang-context-length")

@@ -356,7 +356,7 @@ class SftArgs:
 
 @dataclass(frozen=True)
 class PreferenceArgs:
-    """PREFERENCE: Pairs of answers (columns chosen and rejected), or judged ones (completion and label)."""
+    """PREFERENCE: Pairs of answers (columns chosen and rejected), or judged ones (completion and label), or answers of the engines."""
 
     dpo_loss_type: tuple[str, ...] = ("sigmoid",)
     """Losses of pairs, of --loss-type dpo, summed: sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, or one that a --plugin registers; see docs/algorithms.md."""
@@ -390,6 +390,8 @@ class PreferenceArgs:
     """kto: weight of answers judged bad."""
     center_rewards_coefficient: float = 0.0
     """rm: weight of the squared sum of a pair's scores, which keeps scores around 0; 0.01 is usual."""
+    online_preferences: bool = False
+    """Answers of the engines instead of those of a data set: the best and the worst of a prompt's samples by reward are a pair; kto: an answer is good where its reward is above 0."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,13 @@ JOBS: dict[str, Job] = {
 
 
 def job_of(config: Config) -> Job:
-    return JOBS[config.grpo.loss_type]
+    return find_job(config.grpo.loss_type, online=config.preference.online_preferences)
+
+
+def find_job(loss_type: str, *, online: bool = False) -> Job:
+    """The job of a --loss-type; online: what is compared comes from engines and rewards (--online-preferences)."""
+    job = JOBS[loss_type]
+    return dataclasses.replace(job, rows="prompts", engines=True, rewards=True) if online else job
 
 
 # ------------------------------------------------------------------------------------------------ which flags a job reads
@@ -93,7 +99,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "center_rewards_coefficient": ("rm",),
     **dict.fromkeys(("dpo_loss_type", "dpo_loss_weights", "f_divergence", "f_alpha_divergence_coef"), ("dpo",)),
     **dict.fromkeys(("rpo_alpha", "ld_alpha", "discopop_tau"), ("dpo",)),
-    "beta": ("dpo", "kto", "orpo", "simpo", "cpo"),
+    **dict.fromkeys(("beta", "online_preferences"), ("dpo", "kto", "orpo", "simpo", "cpo")),
     "label_smoothing": ("dpo", "simpo", "cpo"),
     "reference_free": ("dpo", "kto"),
     "average_log_prob": ("dpo", "kto", "cpo"),
@@ -116,10 +122,14 @@ def flags_are_read_by_the_job(facts: Facts) -> Iterator[Problem]:
     flag, fix = f"--loss-type {name}", "leave it out"
     yield from needs(facts, ENGINE_FLAGS, unless=job.engines, why=f"{flag} starts no engine", fix=fix)
     yield from needs(facts, REWARD_FLAGS, unless=job.rewards, why=f"{flag} scores nothing", fix=fix)
-    yield from needs(facts, POLICY_FLAGS, unless=job.rewards, why=f"{flag} has no advantages", fix=fix)
+    yield from needs(
+        facts, POLICY_FLAGS, unless=job.preference is None and job.rewards, why=f"{flag} has no advantages", fix=fix
+    )
     for field, losses in READ_BY.items():
         takes = f"take --loss-type {' or '.join(losses)}, or leave it out"
         yield from needs(facts, (field,), unless=name in losses, why=f"{flag} does not read it", fix=takes)
+    why = "with --online-preferences the engines answer prompts"
+    yield from needs(facts, ("overlong_rows",), unless=job.rows != "prompts", why=why, fix=fix)
 
 
 def parts_are_given(facts: Facts) -> Iterator[Problem]:

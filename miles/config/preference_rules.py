@@ -83,10 +83,24 @@ def scores_fit_the_losses(facts: Facts) -> Iterator[Problem]:
 
 
 def pairs_count_as_wholes(facts: Facts) -> Iterator[Problem]:
-    is_preference = job_of(facts.config).rows in ("pairs", "judged")
+    is_preference = job_of(facts.config).preference is not None
     why = f"--loss-type {facts.config.grpo.loss_type} is a mean over pairs or answers, not over tokens"
     names = ("calculate_per_token_loss", "loss_aggregation", "loss_constant_length")
     yield from needs(facts, names, unless=not is_preference, why=why, fix="leave it out")
+
+
+def online_pairs_need_several_answers(facts: Facts) -> Iterator[Problem]:
+    config = facts.config
+    sizes = config.rollout
+    if not config.preference.online_preferences or job_of(config).preference is None:
+        return
+    if job_of(config).preference == "pairs" and sizes.n_samples_per_prompt == 1:
+        why = "a pair is the best and the worst of a prompt's answers"
+        yield Problem("--n-samples-per-prompt", 1, why, "give at least 2, such as 4")
+    groups, steps = sizes.rollout_batch_size, sizes.num_steps_per_rollout
+    if groups is not None and steps is not None and groups % steps:
+        why = f"the {groups} prompts of a rollout (--rollout-batch-size) are not cut"
+        yield Problem("--num-steps-per-rollout", steps, why, f"give a divisor of {groups}")
 
 
 def pairs_name_their_columns(facts: Facts) -> Iterator[Problem]:
@@ -107,4 +121,5 @@ PREFERENCE_RULES: tuple[Rule, ...] = (
     scores_fit_the_losses,
     pairs_count_as_wholes,
     pairs_name_their_columns,
+    online_pairs_need_several_answers,
 )

@@ -35,14 +35,15 @@ preference_recipe() {
       --hf-checkpoint "$tiny/model"
       --prompt-data "$tiny/$rows.jsonl"
       --eval-prompt-data "$rows" "$tiny/${rows}_test.jsonl"
-      --eval-interval 20
+      --eval-interval 10
       --rollout-shuffle
-      --num-rollout 60
+      --num-rollout 30
       --rollout-batch-size 64
       --use-dynamic-batch-size
       --max-tokens-per-gpu 4096
-      --lr 3e-4
-      --min-lr 3e-5
+      --lr 1e-4
+      --beta 0.5
+      --min-lr 1e-5
       --lr-decay-style linear
       --weight-decay 0.0
       --adam-beta2 0.99

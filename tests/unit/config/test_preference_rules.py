@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from miles.algo.preference import pair_losses
-from miles.config import make_config
+from miles.cluster.placement import Layout
+from miles.config import job_of, make_config
 from miles.config.algorithms import AVERAGED_PAIR_LOSSES, PAIR_LOSSES, SMOOTHED_PAIR_LOSSES, WITHOUT_DIVERGENCE
 from miles.config.groups import PreferenceArgs
 from miles.config.jobs import READ_BY
@@ -64,7 +65,7 @@ _FLAGS: dict[str, tuple[str, dict[str, Any], Any]] = {
 
 
 def test_every_preference_flag_is_tried() -> None:
-    assert set(_FLAGS) == {field.name for field in dataclasses.fields(PreferenceArgs)}
+    assert {*_FLAGS, "online_preferences"} == {field.name for field in dataclasses.fields(PreferenceArgs)}
     assert set(_FLAGS) <= set(READ_BY)
 
 
@@ -133,6 +134,37 @@ def test_the_tables_of_flags_are_true(name: str) -> None:
 def test_what_makes_no_sense_is_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(loss_type="dpo", **flags)
+
+
+_ONLINE: dict[str, Any] = {
+    "online_preferences": True,
+    "rm_type": "exact",
+    "rollout_batch_size": 4,
+    "n_samples_per_prompt": 4,
+}
+
+
+def test_online_preferences_come_from_engines_and_rewards() -> None:
+    config = make_config(loss_type="dpo", **_ONLINE, rollout_temperature=0.7)
+    job = job_of(config)
+    assert (job.rows, job.engines, job.rewards, job.preference) == ("prompts", True, True, "pairs")
+    assert Layout.of(config).engine_bundles
+    assert not job_of(make_config(loss_type="dpo")).engines
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"n_samples_per_prompt": 1}, "--n-samples-per-prompt, got 1: a pair is the best and the worst"),
+        ({"rollout_batch_size": 6, "num_steps_per_rollout": 4}, "--num-steps-per-rollout, got 4: the 6 prompts"),
+        ({"eps_clip": 0.1}, "--loss-type dpo has no advantages"),
+        ({"overlong_rows": "drop"}, "with --online-preferences the engines answer prompts"),
+        ({"loss_type": "policy_loss"}, "--online-preferences, got true: --loss-type policy_loss does not read it"),
+    ],
+)
+def test_what_makes_no_sense_online_is_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**{"loss_type": "dpo", **_ONLINE, **flags})
 
 
 def test_the_reference_is_loaded_where_the_loss_has_one() -> None:

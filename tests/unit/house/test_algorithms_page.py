@@ -9,6 +9,7 @@ import pytest
 
 from miles.algo import advantage_estimators, aggregations, surrogates
 from miles.algo.corrections import corrections
+from miles.algo.preference import pair_losses
 from miles.config import make_config
 from miles.config.fields import fields
 
@@ -20,14 +21,15 @@ SECTIONS = {
     "Policy losses": surrogates,
     "Aggregation": aggregations,
     "Off-policy corrections": corrections,
+    "Losses of pairs": pair_losses,
 }
 
 
 def rows(section: str) -> dict[str, list[str]]:
     """Name -> the other cells, of the table below a heading."""
     text = PAGE.partition(f"\n## {section}")[2].partition("\n## ")[0]
-    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    return {cells[0].strip("`"): [cell.strip() for cell in cells[1:]] for cells in table}
+    table = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in text.splitlines() if line.startswith("| `")]
+    return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in table}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -52,6 +52,22 @@ def test_the_real_recipe_resolves(tmp_path: Path, real_run: dict[str, str | None
     assert "command line" in printed(run.stdout, "hidden_size")
 
 
+@pytest.mark.parametrize(("recipe", "loss_type"), [("dpo", "dpo"), ("kto", "kto"), ("dpo", "simpo")])
+def test_the_real_preference_recipes_resolve(
+    tmp_path: Path, real_run: dict[str, str | None], recipe: str, loss_type: str
+) -> None:
+    script, flags = (
+        str(REPO / f"scripts/run_qwen3_{recipe}.sh"),
+        ("--loss-type", loss_type, "--beta", "0.3", "--print-config"),
+    )
+    run = bash(script, *flags, cwd=tmp_path, **real_run)
+    assert run.returncode == 0, run.stderr
+    assert printed(run.stdout, "loss_type").split()[1] == loss_type
+    assert printed(run.stdout, "beta").split()[1] == "0.3"
+    assert str(tmp_path / f"checkpoints/Qwen3-4B-{recipe}") in printed(run.stdout, "save")
+    assert printed(run.stdout, "global_batch_size").split()[1] == "64"
+
+
 def test_the_wrong_model_is_an_error_of_train_py(tmp_path: Path, real_run: dict[str, str | None]) -> None:
     run = bash(str(REPO / RECIPE), "--print-config", cwd=tmp_path, **real_run, MODEL="qwen3-8B")
     assert run.returncode == 2

@@ -18,6 +18,7 @@ from miles.config import eval_datasets, make_config
 from tools.tiny_task.base_model import ASSISTANT, CHARACTERS, END, USER, build_model, build_tokenizer
 from tools.tiny_task.making import Recipe, is_made, make
 from tools.tiny_task.muon import Muon, orthogonalize
+from tools.tiny_task.preferences import write_preferences
 from tools.tiny_task.problems import Problem, all_problems, split_problems
 from tools.tiny_task.sft import Lessons
 
@@ -166,6 +167,22 @@ def test_the_same_recipe_gives_the_same_bytes(made: Path, tmp_path: Path) -> Non
     make(tmp_path / "other", Recipe(seed=4, sft=SHORT.sft))
     assert files(tmp_path / "other")["model/model.safetensors"] != ours["model/model.safetensors"]
     assert files(tmp_path / "other")["test.jsonl"] == ours["test.jsonl"]
+
+
+def test_preferences_are_of_problems_with_a_carry(tmp_path: Path) -> None:
+    write_preferences(tmp_path)
+    train, test = split_problems()
+    for problems, end in ((train, ""), (test, "_test")):
+        carrying = {p.question: p for p in problems if p.answer != p.careless_answer}
+        pairs = [json.loads(line) for line in (tmp_path / f"pairs{end}.jsonl").read_text().splitlines()]
+        assert [row["prompt"][0]["content"] for row in pairs] == list(carrying)
+        for row, problem in zip(pairs, carrying.values(), strict=True):
+            assert (row["chosen"], row["rejected"]) == (problem.answer, problem.careless_answer)
+        judged = [json.loads(line) for line in (tmp_path / f"judged{end}.jsonl").read_text().splitlines()]
+        assert [row["label"] for row in judged] == [
+            row["completion"] == p.answer for row, p in zip(judged, carrying.values(), strict=True)
+        ]
+        assert abs(sum(row["label"] for row in judged) - len(judged) / 2) < 1
 
 
 def test_rows_are_messages_with_their_answer(made: Path) -> None:
