@@ -3,6 +3,7 @@
 #
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/unit/algo -k clip
+#   bash scripts/test.sh --sglang [...]     also what needs a real SGLang server, which it installs for a CPU (2.6 GB, once)
 set -euo pipefail
 # shellcheck source=scripts/lib/venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib/venv.sh"
@@ -14,6 +15,12 @@ if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-
   echo "installing chromium for the report's tests; this happens once"
   { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core; } \
     >"$ROOT/.miles/chromium.log" 2>&1 || echo "chromium was not installed (.miles/chromium.log): its tests are skipped"
+fi
+
+if [ "${1:-}" = --sglang ]; then
+  shift
+  export SGLANG_CPU_VENV=${SGLANG_CPU_VENV:-$ROOT/.miles/sglang-venv}
+  PYTHON=$PYTHON bash tools/sglang_cpu/install.sh "$SGLANG_CPU_VENV"
 fi
 
 bash scripts/check.sh

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import ray
 from miles.config import Config, engine_server_args, eval_datasets, import_plugins
 from miles.engines.client import EngineClient
 from miles.engines.launch import EngineProcess, launch_embedded
+from miles.engines.sglang import launch_sglang
 from miles.engines.watch import EngineWatch
 from miles.observe import open_process_log
 
@@ -56,8 +58,11 @@ class EngineActor:
         assert self.config.ckpt.hf_checkpoint is not None
         import_plugins(self.config)
         self.stop(grace_s=0.0)
+        launch = launch_embedded
+        if self.config.cluster.rollout_engine == "sglang":
+            launch = functools.partial(launch_sglang, python=self.config.cluster.rollout_engine_python)
         self._process = process = asyncio.run(
-            launch_embedded(
+            launch(
                 name=self.name,
                 model_path=self.config.ckpt.hf_checkpoint,
                 token=token,

@@ -22,10 +22,11 @@ import torch
 from miles.config import Config, import_plugins
 from miles.engines.client import EngineClient
 from miles.errors import CheckpointError
+from miles.interfaces import WeightTransport
 from miles.observe import open_process_log
 from miles.trainers import make_trainer
 from miles.types import TrainBatch, WeightVersion
-from miles.weights import PublishStats, SharedMemoryTransport, publish
+from miles.weights import PublishStats, SharedMemoryTransport, TorchSharingTransport, publish
 
 from .actors import Beat, actor, all_stacks, control, sign_of_life
 from .engine_group import EngineAddress
@@ -49,7 +50,7 @@ class TrainerActor:
         open_process_log(logs, f"trainer-{rank}")
         self.config, self.rank = config, rank
         self._loop = asyncio.new_event_loop()
-        self._transport: SharedMemoryTransport | None = None
+        self._transport: WeightTransport | None = None
         self._clients: dict[str, EngineClient] = {}
         """By name of the engine, with connections that last from one publication to the next."""
 
@@ -98,7 +99,7 @@ class TrainerActor:
                 pass
             return None
         if self._transport is None:
-            self._transport = SharedMemoryTransport()
+            self._transport = _transport(self.config)
         clients = [self._client(engine) for engine in engines]
         return self._loop.run_until_complete(_publish(self.config, weights, clients, self._transport, version))
 
@@ -128,12 +129,19 @@ class TrainerActor:
         return all_stacks()
 
 
+def _transport(config: Config) -> WeightTransport:
+    """How weights travel to the engines of this run."""
+    if config.cluster.rollout_engine == "sglang":
+        return TorchSharingTransport(ranks_per_engine=config.sglang.rollout_num_gpus_per_engine)
+    return SharedMemoryTransport()
+
+
 # Not a method: one coroutine among its methods would make Ray run all of the actor's calls in an event loop.
 async def _publish(
     config: Config,
     weights: Iterator[tuple[str, torch.Tensor]],
     engines: Sequence[EngineClient],
-    transport: SharedMemoryTransport,
+    transport: WeightTransport,
     version: WeightVersion,
 ) -> PublishStats:
     # What happened to the connections since the last publication, such as their end, is noticed here.

@@ -7,7 +7,7 @@ from .algorithm_rules import check_names
 from .args_view import ArgsView, args_view
 from .budget import budget_table, trainer_world_size
 from .derive import derive_num_rollout
-from .engine_args import engine_server_args
+from .engine_args import engine_flag, engine_server_args
 from .eval_datasets import EvalDataset, eval_datasets
 from .groups import (
     CkptArgs,
@@ -68,6 +68,7 @@ __all__ = [
     "config_to_dict",
     "derive_num_rollout",
     "detect_platform",
+    "engine_flag",
     "engine_server_args",
     "eval_datasets",
     "import_plugins",

@@ -1,8 +1,8 @@
-"""The embedded engine as a process of its own: started, watched until it serves, ended with everything it started.
+"""An engine's server as a process of its own: started, watched until it serves, ended with everything it started.
 
-    launch_embedded(...) -> EngineProcess(url) ... poll() ... terminate()
+    launch_embedded(...) | sglang.launch_sglang(...) -> EngineProcess(url) ... poll() ... terminate()
 
-The engine exits when its stdin closes, so it cannot outlive us, however we end. Its port is one the system picks; its
+A server exits when its stdin closes, so it cannot outlive us, however we end. Its port is one the system picks; its
 token travels in the environment, where other users do not see it. Output goes to its log file.
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from miles.errors import EngineError
@@ -133,7 +133,31 @@ async def launch_embedded(
     Raises `EngineError` with the last lines of its log when it ends or is not up in time; nothing of it is left then.
     """
     command = [sys.executable, "-m", "miles.engines.embedded", "--model-path", model_path, "--port", "0"]
-    command += ["--device", device, "--exit-with-parent", *_flags(server_args or {})]
+    command += ["--device", device, "--exit-with-parent", *flags(server_args or {})]
+
+    def ready(output: bytes) -> str | None:
+        found = _READY.search(output)
+        return found.group(1).decode() if found else None
+
+    return await start_server(
+        name, command, token=token, log_path=log_path, env=env or {}, ready=ready, start_timeout_s=start_timeout_s
+    )
+
+
+async def start_server(
+    name: str,
+    command: Sequence[str],
+    *,
+    token: str,
+    log_path: Path,
+    env: Mapping[str, str],
+    ready: Callable[[bytes], str | None],
+    start_timeout_s: float,
+) -> EngineProcess:
+    """Runs `command` until `ready`, given its output so far, knows the URL at which it serves.
+
+    Raises `EngineError` with the last lines of its log when it ends or is not up in time; nothing of it is left then.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with open(log_path, "ab") as log:
@@ -144,13 +168,13 @@ async def launch_embedded(
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {}), TOKEN_VARIABLE: token, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **env, TOKEN_VARIABLE: token, "PYTHONUNBUFFERED": "1"},
                 # A group of its own can be ended as a whole, and a Ctrl-C in the terminal reaches the driver alone.
                 start_new_session=True,
             )
         )
     try:
-        while (url := _ready_url(log_path, begin)) is None:
+        while (url := await asyncio.to_thread(ready, _output(log_path, begin))) is None:
             status = group.poll()
             if status is not None:
                 raise EngineError(
@@ -169,14 +193,14 @@ async def launch_embedded(
     return EngineProcess(name, url, log_path, group)
 
 
-def _ready_url(log_path: Path, begin: int) -> str | None:
+def _output(log_path: Path, begin: int) -> bytes:
     with open(log_path, "rb") as log:
         log.seek(begin)
-        found = _READY.search(log.read())
-    return found.group(1).decode() if found else None
+        return log.read()
 
 
-def _flags(server_args: Mapping[str, object]) -> Iterator[str]:
+def flags(server_args: Mapping[str, object]) -> Iterator[str]:
+    """`{"max_running_requests": 64}` -> `--max-running-requests 64`; None and False are left out, True is a switch."""
     for key, value in server_args.items():
         if value is None or value is False:
             continue

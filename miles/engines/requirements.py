@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,33 +19,7 @@ def check(config: Config) -> list[Problem]:
     if config.debug.debug_train_only:
         return problems
     flags = config.sglang
-    if config.cluster.rollout_engine == "sglang":
-        problems.append(
-            Problem(
-                "--rollout-engine",
-                "sglang",
-                "SGLang servers are not built yet",
-                "use --rollout-engine embedded, which speaks the same protocol",
-            )
-        )
-    if flags.rollout_num_gpus_per_engine != 1:
-        problems.append(
-            Problem(
-                "--rollout-num-gpus-per-engine",
-                flags.rollout_num_gpus_per_engine,
-                "the embedded engine is one process on one device",
-                "leave it at 1; --rollout-num-gpus makes more engines",
-            )
-        )
-    if config.model.rotary_percent not in (None, 1.0):
-        problems.append(
-            Problem(
-                "--rotary-percent",
-                config.model.rotary_percent,
-                "the embedded engine rotates whole heads",
-                "choose a checkpoint without partial_rotary_factor",
-            )
-        )
+    problems += _check_sglang(config) if config.cluster.rollout_engine == "sglang" else _check_embedded(config)
     if flags.sglang_server_concurrency < 1:
         problems.append(
             Problem(
@@ -72,3 +48,76 @@ def check(config: Config) -> list[Problem]:
             )
         )
     return problems
+
+
+def _check_embedded(config: Config) -> Iterator[Problem]:
+    from miles.config import Problem
+
+    if config.sglang.rollout_num_gpus_per_engine != 1:
+        yield Problem(
+            "--rollout-num-gpus-per-engine",
+            config.sglang.rollout_num_gpus_per_engine,
+            "the embedded engine is one process on one device",
+            "leave it at 1; --rollout-num-gpus makes more engines",
+        )
+    if config.model.rotary_percent not in (None, 1.0):
+        yield Problem(
+            "--rotary-percent",
+            config.model.rotary_percent,
+            "the embedded engine rotates whole heads",
+            "choose a checkpoint without partial_rotary_factor",
+        )
+    if config.cluster.rollout_engine_python is not None:
+        yield Problem(
+            "--rollout-engine-python",
+            config.cluster.rollout_engine_python,
+            "the embedded engine runs under the interpreter of Miles",
+            "leave it out, or add --rollout-engine sglang",
+        )
+
+
+def _check_sglang(config: Config) -> Iterator[Problem]:
+    """Of the engine arguments: SGLang's own parser is asked."""
+    from miles.config import Problem, engine_flag, suggestion
+
+    from .launch import flags
+    from .sglang import ask
+
+    if config.sglang.rollout_num_gpus_per_engine != 1:
+        yield Problem(
+            "--rollout-num-gpus-per-engine",
+            config.sglang.rollout_num_gpus_per_engine,
+            "engines of several GPUs are not built yet",
+            "leave it at 1; --rollout-num-gpus makes more engines",
+        )
+    if config.debug.check_weight_update_equal:
+        yield Problem(
+            "--check-weight-update-equal",
+            True,
+            "SGLang has no checksums of single tensors of the checkpoint",
+            "leave it out, or use --rollout-engine embedded",
+        )
+    python = config.cluster.rollout_engine_python
+    args = config.sglang.sglang_args
+    fix = "install sglang there, or name an interpreter that has it with --rollout-engine-python"
+    try:
+        verdict = ask(list(flags(args)), python)
+    except OSError as error:
+        yield Problem("--rollout-engine-python", python, f"it does not tell SGLang's arguments ({error})", fix)
+        return
+    if verdict is None:
+        yield Problem("--rollout-engine", "sglang", f"{python or sys.executable} has no sglang", fix)
+        return
+    known = [option.removeprefix("--").replace("-", "_") for option in verdict.options]
+    for flag in verdict.unknown:
+        name = flag.removeprefix("--").replace("-", "_")
+        yield Problem(
+            engine_flag(name),
+            args.get(name),
+            f"sglang {verdict.version} has no such argument",
+            suggestion(name, known, otherwise="see `python -m sglang.launch_server --help`").replace("_", "-"),
+        )
+    if verdict.error is not None:
+        yield Problem(
+            "--sglang-*", " ".join(flags(args)), f"sglang {verdict.version} says: {verdict.error}", "mend that value"
+        )

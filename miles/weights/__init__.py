@@ -7,12 +7,14 @@ from .buckets import BucketLayout, TensorSlot, iter_buckets, layout
 from .checksum import tensor_checksum
 from .publish import PublishStats, publish
 from .shm import SharedMemoryTransport
+from .torch_sharing import TorchSharingTransport
 
 __all__ = [
     "BucketLayout",
     "PublishStats",
     "SharedMemoryTransport",
     "TensorSlot",
+    "TorchSharingTransport",
     "iter_buckets",
     "layout",
     "publish",

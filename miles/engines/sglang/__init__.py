@@ -1,1 +1,7 @@
-"""SGLang servers as rollout engines: not built yet, and `miles.engines.check` says so before anything starts."""
+"""Real SGLang servers as rollout engines: started by `launch_sglang`; what asks them is the client of the embedded engine,
+which speaks the same protocol."""
+
+from .launch import launch_sglang
+from .server_args import Verdict, ask
+
+__all__ = ["Verdict", "ask", "launch_sglang"]

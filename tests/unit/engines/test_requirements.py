@@ -27,8 +27,9 @@ def test_the_defaults_are_fine():
         (
             "cluster",
             {"rollout_engine": "sglang"},
-            "--rollout-engine, got sglang: SGLang servers are not built yet; use",
+            f"--rollout-engine, got sglang: {sys.executable} has no sglang; install",
         ),
+        ("cluster", {"rollout_engine_python": "python3"}, "--rollout-engine-python, got python3: the embedded engine"),
         ("sglang", {"rollout_num_gpus_per_engine": 2}, "--rollout-num-gpus-per-engine, got 2: "),
         ("model", {"rotary_percent": 0.5}, "--rotary-percent, got 0.5: "),
         ("sglang", {"sglang_server_concurrency": 0}, "--sglang-server-concurrency, got 0: "),

@@ -1,0 +1,153 @@
+"""The transport of SGLang servers, read by another process as SGLang reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from miles.errors import EngineError, WeightUpdateError
+from miles.weights import TorchSharingTransport, tensor_checksum
+
+READER = """
+import base64, pickle, sys, torch, torch.multiprocessing
+for line in sys.stdin:
+    for name, tensor in pickle.loads(base64.b64decode(line)):
+        print(name, tensor.dtype, tuple(tensor.shape), tensor.double().sum().item(), flush=True)
+    del tensor
+    print("end", flush=True)
+"""
+
+
+class Engine:
+    """Hands every payload to a process of its own, as a server's scheduler."""
+
+    def __init__(self, name: str, *, fails: bool = False):
+        self.name, self.fails = name, fails
+        self.heard: list[list[str]] = []
+        self.payloads: list[dict] = []
+        self.reader = subprocess.Popen(
+            [sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    async def update_weights(self, payload: dict) -> dict:
+        if self.fails:
+            raise EngineError(f"engine {self.name}: it refused")
+        self.payloads.append(payload)
+        for text in payload["serialized_named_tensors"]:
+            self.heard.append(await asyncio.to_thread(self._read, text))
+        return {"success": True}
+
+    def _read(self, text: str) -> list[str]:
+        self.reader.stdin.write(text + "\n")
+        self.reader.stdin.flush()
+        return list(iter(lambda: self.reader.stdout.readline().strip(), "end"))
+
+    def close(self) -> None:
+        self.reader.stdin.close()
+        self.reader.wait(10)
+        self.reader.stdout.close()
+
+
+@pytest.fixture
+def engines():
+    made = [Engine("a"), Engine("b")]
+    yield made
+    for engine in made:
+        engine.close()
+
+
+def described(tensors) -> list[str]:
+    return [f"{name} {t.dtype} {tuple(t.shape)} {t.double().sum().item()}" for name, t in tensors]
+
+
+def test_every_rank_of_every_engine_reads_each_bucket_also_from_memory_used_before(engines) -> None:
+    transport = TorchSharingTransport(ranks_per_engine=2)
+    buckets = [
+        [("w", torch.arange(6.0).view(2, 3).t()), ("b", torch.tensor([1.5], dtype=torch.bfloat16))],
+        [("w", torch.full((5, 1000), 2.0)), ("empty", torch.empty(0))],
+        [("x", torch.arange(7)), ("scalar", torch.tensor(3.0))],
+        [("w", torch.full((5, 1000), -1.0))],
+    ]
+
+    async def send_all():
+        return [await transport.send(bucket, engines) for bucket in buckets]
+
+    receipts = asyncio.run(send_all())
+    transport.close()
+    for engine in engines:
+        assert engine.heard == [described(bucket) for bucket in buckets for _ in range(2)]
+    for bucket, receipt in zip(buckets, receipts, strict=True):
+        assert receipt.checksums == {name: tensor_checksum(tensor) for name, tensor in bucket}
+
+
+def test_what_travels_holds_no_weights_and_asks_for_a_flush(engines) -> None:
+    transport = TorchSharingTransport()
+    asyncio.run(transport.send([("w", torch.ones(1_000_000))], engines[:1]))
+    transport.close()
+    [payload] = engines[0].payloads
+    [text] = payload["serialized_named_tensors"]
+    assert len(text) < 2000
+    assert payload["flush_cache"] is True
+
+
+def test_one_engine_that_fails_fails_the_bucket_after_all_have_answered(engines) -> None:
+    transport = TorchSharingTransport()
+    engines[0].fails = True
+    with pytest.raises(WeightUpdateError, match="engine a: it refused"):
+        asyncio.run(transport.send([("w", torch.ones(3))], engines))
+    transport.close()
+    assert engines[1].heard == [described([("w", torch.ones(3))])]
+
+
+def test_nothing_stays_in_shared_memory_after_close(engines) -> None:
+    def ours() -> set[Path]:
+        return set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
+
+    before = ours()
+    transport = TorchSharingTransport()
+    asyncio.run(transport.send([("w", torch.ones(1000))], engines))
+    assert ours() > before
+    transport.close()
+    assert ours() <= before
+
+
+def test_the_process_shares_memory_as_before_afterwards(engines) -> None:
+    before = torch.multiprocessing.get_sharing_strategy()
+    transport = TorchSharingTransport()
+    asyncio.run(transport.send([("w", torch.ones(3))], engines[:1]))
+    transport.close()
+    assert torch.multiprocessing.get_sharing_strategy() == before
+
+
+def test_memory_is_named_also_while_the_next_bucket_is_filled(engines) -> None:
+    """With file descriptors in the pickle, a server dies: torch's setting, which is the process's, must hold throughout."""
+    transport = TorchSharingTransport()
+    buckets = [[(f"w{i}", torch.full((1 + 1000 * i,), float(i)))] for i in range(40)]
+
+    async def overlapping() -> None:
+        await asyncio.gather(*(two(i) for i in range(2)))
+
+    async def two(first: int) -> None:
+        for bucket in buckets[first::2]:
+            await transport.send(bucket, engines[:1])
+
+    asyncio.run(overlapping())
+    transport.close()
+    assert sorted(engines[0].heard) == sorted(described(bucket) for bucket in buckets)
+
+
+def test_the_pickle_is_a_plain_list_of_pairs() -> None:
+    transport = TorchSharingTransport()
+    shared = transport._free[0]
+    filled = shared.fill([("w", torch.ones(3))])
+    [(name, tensor)] = pickle.loads(base64.b64decode(shared.pickled(filled.bucket)))
+    assert name == "w"
+    assert torch.equal(tensor, torch.ones(3))
