@@ -108,14 +108,14 @@ def _check_sglang(config: Config) -> Iterator[Problem]:
     if verdict is None:
         yield Problem("--rollout-engine", "sglang", f"{python or sys.executable} has no sglang", fix)
         return
-    known = [option.removeprefix("--").replace("-", "_") for option in verdict.options]
+    known = ["--sglang-" + option.removeprefix("--") for option in verdict.options if option.startswith("--")]
     for flag in verdict.unknown:
         name = flag.removeprefix("--").replace("-", "_")
         yield Problem(
             engine_flag(name),
             args.get(name),
             f"sglang {verdict.version} has no such argument",
-            suggestion(name, known, otherwise="see `python -m sglang.launch_server --help`").replace("_", "-"),
+            suggestion(engine_flag(name), known, otherwise="see `python -m sglang.launch_server --help`"),
         )
     if verdict.error is not None:
         yield Problem(

@@ -13,7 +13,10 @@ from miles.config import Config
 from .harness import flags, train
 
 SGLANG_VENV = os.environ.get("SGLANG_CPU_VENV")
-pytestmark = pytest.mark.skipif(SGLANG_VENV is None, reason="SGLANG_CPU_VENV names no environment with sglang")
+pytestmark = [
+    pytest.mark.skipif(SGLANG_VENV is None, reason="SGLANG_CPU_VENV names no environment with sglang"),
+    pytest.mark.timeout(900),  # importing SGLang takes ten seconds on a quiet machine, and a minute on a busy one
+]
 PYTHON = f"{SGLANG_VENV}/bin/python"
 
 

@@ -33,6 +33,8 @@ TOKEN = secrets.token_hex(16)
 SGLANG_VENV = os.environ.get("SGLANG_CPU_VENV")
 PROMPT = [5, 6, 7, 8]
 
+pytestmark = pytest.mark.timeout(500 if SGLANG_VENV else 180)
+
 
 @dataclass
 class Engine:
