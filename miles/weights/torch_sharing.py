@@ -14,7 +14,7 @@ import base64
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -44,13 +44,23 @@ class TorchSharingTransport:
         self._order = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "fill-weights")
 
-    async def send(self, tensors: Sequence[NamedTensor], engines: Sequence[Engine]) -> BucketReceipt:
+    def begin(self) -> None:
+        """Nothing is left of an earlier publication: the engines copy."""
+
+    def commit(self, engines: Sequence[Engine]) -> None:
+        """Nothing is kept for the engines: they have copied."""
+
+    async def send(
+        self, tensors: Sequence[NamedTensor], engines: Sequence[Engine], ready: Awaitable[object] | None = None
+    ) -> BucketReceipt:
         """See `WeightTransport.send`."""
         shared = self._free.pop()
         loop = asyncio.get_running_loop()
         try:
             filled = await loop.run_in_executor(self._thread, shared.fill, tensors)
             del tensors
+            if ready is not None:
+                await ready
             async with self._order:  # first come, first served: engines load the buckets in the order of the calls
                 started = time.perf_counter()
                 outcomes = await asyncio.gather(
