@@ -29,6 +29,10 @@ WeightVersion: TypeAlias = str
 
 #: Key of `Sample.metadata`: the reward of a greedy answer to the same prompt, where the advantage takes it as baseline.
 GREEDY_REWARD = "greedy_reward"
+#: Likewise, made of the columns of a data set alone: the name of the row's channel, by which the loss is reported ...
+CHANNEL = "_channel"
+#: ... and by how much a reward model should tell a pair apart.
+MARGIN = "_margin"
 
 
 class Status(enum.Enum):

@@ -15,8 +15,9 @@ import torch
 from miles.interfaces import Reduce
 from miles.types import LossInputs, LossOutputs
 
-from .metrics import SCORED_TOKENS, TOTAL_WEIGHT, mean, total
+from .metrics import SCORED_TOKENS, TOTAL_WEIGHT, mean, own_mean, total
 from .reductions import identity, masked_sum
+from .supervised import channel_weights
 from .terms import required, trained_tokens
 
 #: A log-prob whose `exp` is exactly 0, and which, unlike -inf, can be multiplied by that.
@@ -51,7 +52,7 @@ def gkd_loss(inputs: LossInputs, sft_alpha: float = 0.0) -> LossOutputs:
     """`sum_t w_t (divergence_t - sft_alpha log p_t)` over the trained tokens. arXiv 2306.13649.
 
     `divergence` [R] is `generalized_jsd` of each token's distributions. Metrics: `divergence` and `nll`, means by
-    `token_weight`. Raises ValueError where the divergence is missing.
+    `token_weight`, and each as `<name>_<channel>` over the tokens of each of `inputs.channels`. Raises ValueError where the divergence is missing.
     """
     tokens = trained_tokens(inputs)
     mask, weight = tokens.loss_mask, tokens.token_weight
@@ -64,6 +65,9 @@ def gkd_loss(inputs: LossInputs, sft_alpha: float = 0.0) -> LossOutputs:
         SCORED_TOKENS: total(torch.ones_like(weight), mask),
         TOTAL_WEIGHT: total(weight, mask),
     }
+    for channel, own in channel_weights(tokens):
+        metrics |= own_mean(f"divergence_{channel}", divergence, mask, own)
+        metrics |= own_mean(f"nll_{channel}", -tokens.log_probs, mask, own)
     return LossOutputs(masked_sum(values, mask, weight), metrics)
 
 

@@ -5,14 +5,14 @@ How much a token counts (--loss-scale) and what is averaged is in `token_weight`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
 
 from miles.types import LossInputs, LossOutputs
 
-from .metrics import OWN_WEIGHT, SCORED_TOKENS, TOTAL_WEIGHT, Metric, mean, total
+from .metrics import SCORED_TOKENS, TOTAL_WEIGHT, Metric, mean, own_mean, total
 from .reductions import masked, masked_sum
 from .registry import Registry
 from .terms import required, trained_tokens
@@ -34,6 +34,17 @@ def dft(log_probs: torch.Tensor) -> torch.Tensor:
     return -log_probs.detach().exp() * log_probs
 
 
+def channel_weights(tokens: LossInputs) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each of `tokens.channels` with `token_weight` [R] of its own tokens, 0 elsewhere.
+
+    Raises ValueError where it is not told which rows are of which.
+    """
+    if tokens.channels:
+        of_token = required(tokens.channel, "channel", "a loss by channel").index_select(0, tokens.row)
+        for number, channel in enumerate(tokens.channels):
+            yield channel, masked(tokens.token_weight, of_token == number)
+
+
 def sft_loss(inputs: LossInputs, kind: str = "cross_entropy") -> LossOutputs:
     """`sum_t w_t * token_loss_t` over the trained tokens.
 
@@ -51,10 +62,6 @@ def sft_loss(inputs: LossInputs, kind: str = "cross_entropy") -> LossOutputs:
     }
     if tokens.entropy is not None:
         metrics["entropy"] = mean(tokens.entropy, mask, weight)
-    if inputs.channels:
-        of_token = required(tokens.channel, "channel", "a loss by channel").index_select(0, tokens.row)
-        for number, name in enumerate(inputs.channels):
-            own = masked(weight, of_token == number)
-            metrics[f"nll_{name}"] = mean(-tokens.log_probs, mask, own)
-            metrics[f"nll_{name}{OWN_WEIGHT}"] = total(own, mask)
+    for channel, own in channel_weights(tokens):
+        metrics |= own_mean(f"nll_{channel}", -tokens.log_probs, mask, own)
     return LossOutputs(masked_sum(values, mask, weight), metrics)

@@ -59,9 +59,8 @@ def _load_prompts(config: Config) -> PromptData | None:
     assert config.ckpt.hf_checkpoint is not None
     tokenizer = data.load_tokenizer(config.ckpt.hf_checkpoint)
     if job_of(config).rows != "prompts":
-        rollout.load_eval_rows(config, tokenizer)
         rows = rollout.load_rows(config, tokenizer)
-        rollout.channels_of(rows)
+        rollout.load_eval_rows(config, tokenizer, rollout.channels_of(rows))
         return rows
     rollout.load_eval_prompts(config, tokenizer)  # the rollout manager reads them again; here it costs no process
     prompts = data.load_prompts(

@@ -206,7 +206,7 @@ class RolloutManagerActor:
     def _evaluation_batches(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
         """Rows of each evaluation data set, one shard for each data-parallel rank: they are the same at every step."""
         found = {}
-        for dataset, groups in load_eval_rows(self.config, self.tokenizer):
+        for dataset, groups in load_eval_rows(self.config, self.tokenizer, self._channels):
             built = build_batches(
                 groups,
                 config=self.config,

@@ -107,6 +107,12 @@ def _batch_sizes(draft: Draft) -> None:
         draft.fill(name, value, known)
 
 
+def _prompt_column(draft: Draft) -> None:
+    # Rows of data sets have several forms, each with columns of its own.
+    if find_job(draft.values["loss_type"], online=draft.values["online_preferences"]).rows == "prompts":
+        draft.fill("input_key", "input", "--loss-type")
+
+
 def _lengths(draft: Draft) -> None:
     v = draft.values
     limit, engine_limit = v["max_position_embeddings"], v["sglang_args"].get("context_length")
@@ -233,6 +239,7 @@ STEPS: tuple[Callable[[Draft], None], ...] = (
     _model,
     _vocabulary_padding,
     _batch_sizes,
+    _prompt_column,
     _lengths,
     _sampling,
     _loss,

@@ -19,6 +19,7 @@ from .config_file import load_yaml
 from .fields import Field, coerce, dataclass_fields
 from .groups import Config
 from .hooks import absolute_hook, absolute_path
+from .jobs import job_of
 from .problem import Problem, raise_if, suggestion
 
 
@@ -36,7 +37,7 @@ class EvalDataset:
     max_response_len: int | None = None
     max_prompt_len: int | None = None
     max_context_len: int | None = None
-    input_key: str = "input"
+    input_key: str | None = None
     label_key: str | None = None
     metadata_key: str = "metadata"
     tool_key: str = "tools"
@@ -51,6 +52,9 @@ class EvalDataset:
     """Rollouts between evaluations of this dataset."""
 
 
+#: Keys that say where rows are and how often; the others say how answers are sampled and scored.
+_ROW_KEYS = ("name", "path", "input_key", "label_key", "metadata_key", "tool_key", "apply_chat_template", "interval")
+
 #: Spellings of other systems' files.
 _ALIASES = {"n_samples_per_prompt": "n_samples_per_eval_prompt", "eval_interval": "interval"}
 
@@ -59,7 +63,10 @@ def eval_datasets(config: Config) -> tuple[EvalDataset, ...]:
     """The datasets in order; empty when there are none. Raises `ConfigError` with everything wrong in --eval-config."""
     base = _inherited(config)
     if config.eval.eval_config is not None:
-        datasets, where = _from_file(config.eval.eval_config, base), f"--eval-config {config.eval.eval_config}"
+        datasets, where = (
+            _from_file(config.eval.eval_config, base, _unread(config)),
+            f"--eval-config {config.eval.eval_config}",
+        )
     else:
         given = config.eval.eval_prompt_data or ()
         pairs = zip(given[::2], given[1::2], strict=True)
@@ -90,7 +97,16 @@ def _inherited(config: Config) -> dict[str, Any]:
     }
 
 
-def _from_file(path: str, base: Mapping[str, Any]) -> tuple[EvalDataset, ...]:
+def _unread(config: Config) -> dict[str, str]:
+    """Keys that the job does not read, with the reason."""
+    job, flag = job_of(config), f"--loss-type {config.grpo.loss_type}"
+    if job.rows == "prompts":
+        return {}
+    unread = {key: f"{flag} samples and scores nothing" for key in _FIELDS if key not in _ROW_KEYS}
+    return unread | ({"label_key": f"{flag} reads the columns chosen and rejected"} if job.rows == "pairs" else {})
+
+
+def _from_file(path: str, base: Mapping[str, Any], unread: Mapping[str, str]) -> tuple[EvalDataset, ...]:
     document = load_yaml(path, flag="--eval-config")
     document = document.get("eval", document) or {}
     where = f"--eval-config {path}"
@@ -98,11 +114,11 @@ def _from_file(path: str, base: Mapping[str, Any]) -> tuple[EvalDataset, ...]:
         raise ConfigError(f"{where}: it has no list `datasets`; write one entry {{name, path, ...}} for each dataset")
     extra = set(document) - {"datasets", "defaults"}
     problems = [_unknown(where, key, ("datasets", "defaults")) for key in sorted(map(str, extra))]
-    shared = _values(document.get("defaults") or {}, f"{where}: defaults", problems)
+    shared = _values(document.get("defaults") or {}, f"{where}: defaults", problems, unread)
     datasets = []
     for i, entry in enumerate(document["datasets"]):
         place = f"{where}: dataset {entry.get('name', i) if isinstance(entry, dict) else i}"
-        values = _values(entry, place, problems)
+        values = _values(entry, place, problems, unread)
         missing = [key for key in ("name", "path") if key not in values]
         problems += [Problem(place, None, f"it has no {key}", f"add {key}: ...") for key in missing]
         if not missing:
@@ -112,7 +128,7 @@ def _from_file(path: str, base: Mapping[str, Any]) -> tuple[EvalDataset, ...]:
     return tuple(datasets)
 
 
-def _values(entry: Any, place: str, problems: list[Problem]) -> dict[str, Any]:
+def _values(entry: Any, place: str, problems: list[Problem], unread: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(entry, dict):
         problems.append(Problem(place, repr(entry), "it is not a mapping", "write {name: ..., path: ...}"))
         return {}
@@ -123,6 +139,8 @@ def _values(entry: Any, place: str, problems: list[Problem]) -> dict[str, Any]:
         if field is None:
             problems.append(_unknown(place, name, _FIELDS))
             continue
+        if name in unread:
+            problems.append(Problem(f"{place}: {name}", repr(value), unread[name], "leave it out"))
         try:
             values[name] = coerce(field, value)
             if name == "custom_rm_path" and values[name] is not None:

@@ -102,8 +102,8 @@ class RolloutArgs:
 
     prompt_data: str | None = None
     """JSONL or parquet prompts; `path@[a:b]` takes a slice."""
-    input_key: str = "input"
-    """Prompt column: text, or a list of messages."""
+    input_key: str | None = None
+    """Prompt column: text, or a list of messages. Defaults to input; in data sets with answers to the first of messages, prompt and input (of preferences: prompt and input) that a row has."""
     label_key: str | None = None
     """Answer column."""
     metadata_key: str = "metadata"
@@ -317,7 +317,7 @@ class GrpoArgs:
     calculate_per_token_loss: bool = False
     """Token mean: short for --loss-aggregation token_mean."""
     loss_aggregation: str | None = None
-    """seq_mean: mean per trajectory, then over trajectories; token_mean: mean over tokens; constant: a constant divisor per trajectory; or one that a --plugin registers. Defaults to seq_mean."""
+    """seq_mean: mean per trajectory, then over trajectories; token_mean: mean over tokens; constant: a constant divisor per trajectory; or one that a --plugin registers. Defaults to seq_mean, of sft_loss and gkd to token_mean."""
     loss_constant_length: int | None = None
     """Divisor of --loss-aggregation constant, in tokens; defaults to --rollout-max-response-len."""
     overlong_filtering: bool = False

@@ -20,9 +20,10 @@ import numpy as np
 from miles.algo.advantages import AdvantageSpec, Outcomes, advantage_estimators, equal_reward_groups
 from miles.algo.aggregation import loss_weights
 from miles.config import Config, GrpoArgs, args_view, job_of
+from miles.config.algorithms import BUILT_IN
 from miles.errors import ConfigError, DataError, HookError
 from miles.interfaces import Args
-from miles.types import GREEDY_REWARD, Sample, SampleGroup, Status, StepTotals, TrainBatch, reward_parts
+from miles.types import CHANNEL, GREEDY_REWARD, Sample, SampleGroup, Status, StepTotals, TrainBatch, reward_parts
 
 from .plan import Plan, plan_batch
 from .row import trajectory_of
@@ -81,9 +82,10 @@ def build_train_batches(
     """The trainers' batches of one rollout, and its metrics.
 
     as_one_step makes one optimizer step of any number of trajectories: what is evaluated is not cut. channels: names that
-    `metadata["channel"]` of a sample may have; a row's is sent with it.
+    `metadata[CHANNEL]` of a sample may have; a row's is sent with it.
     reward_post_process replaces group normalisation. score_all keeps rows of zero advantage, which are otherwise left out
-    when neither a KL nor an entropy term applies to them: their gradient is zero, and denominators count them all the same.
+    when the loss is one of ours and neither a KL nor an entropy term applies to them: their gradient is zero, and denominators
+    count them all the same.
     Raises DataError for a sample that breaks its contract or a number of trajectories that `global_batch_size` does not
     divide, HookError for what the hook returned.
     """
@@ -297,11 +299,12 @@ def _post_processed(
 
 def _scores_every_row(grpo: GrpoArgs) -> bool:
     """Whether a row of zero advantage has a gradient or a metric: another term applies, its tokens get advantages of their
-    own, or it belongs to a population that is compared."""
+    own, it belongs to a population that is compared, or the loss is a user's and what it makes of advantages is not known."""
     changes_advantages = (
         grpo.kl_coef != 0 or bool(grpo.normalize_advantages) or grpo.advantage_estimator == "ppo" or grpo.use_opd
     )
-    return grpo.use_kl_loss or grpo.entropy_coef != 0 or changes_advantages or grpo.entropy_quantile < 1
+    is_users = grpo.loss_type == "custom_loss" or grpo.policy_loss not in (None, *BUILT_IN["policy_loss"])
+    return grpo.use_kl_loss or grpo.entropy_coef != 0 or changes_advantages or grpo.entropy_quantile < 1 or is_users
 
 
 def _weights(
@@ -331,7 +334,7 @@ def _weights(
 def _channels(samples: Sequence[Sample], positions: np.ndarray, channels: Sequence[str]) -> np.ndarray:
     """[B] i64: number of each row's channel. DataError for one that has no name in `channels`."""
     numbers = {name: number for number, name in enumerate(channels)}
-    found = [samples[position].metadata.get("channel") for position in positions]
+    found = [samples[position].metadata.get(CHANNEL) for position in positions]
     if (unknown := next((name for name in found if name not in numbers), None)) is not None or None in found:
         raise DataError(
             f"channel, got {unknown!r}: the training data has {', '.join(channels)}; name one of them in every row"

@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from miles.errors import DataError
+from miles.types import CHANNEL
 
 from .files import Row, read_rows, split_slice
 from .prompts import Answer, Prompt, PromptData, add_to_digest, is_unicode, json_list, json_object, render, short
@@ -82,8 +83,9 @@ def load_conversations(path: str, form: ConversationFormat) -> PromptData:
             skipped += 1
             continue
         metadata = dict(json_object(row.values.get(form.metadata_key), form.metadata_key, where))
+        metadata.pop(CHANNEL, None)
         if (channel := row.values.get(form.channel_key)) is not None:
-            metadata["channel"] = str(channel)
+            metadata[CHANNEL] = str(channel)
         tokens = answers[0].tokens[: len(answers[0].tokens) - len(answers[0].loss_mask)].tolist()
         prompt = Prompt(str(form.tokenizer.decode(tokens)), tokens, None, metadata, row.line, answers)
         kept.append(prompt)
@@ -161,6 +163,7 @@ class AnswerReader:
             scales = _scales(found, form.loss_scale, where)
             messages = [{k: v for k, v in m.items() if k not in ("loss", "loss_scale")} for m in found]
             if self._marks_answers and form.loss_scale != "all":
+                self._check_asked(messages, scales, where)
                 return [self._by_generation_blocks(messages, scales, tools, where)]
             runs = self._pieces(messages, scales, tools, where)
         return [self._answer(pieces, where) for pieces in runs]
@@ -168,6 +171,8 @@ class AnswerReader:
     def answers_without_prompt(self, texts: Sequence[str], where: str) -> list[Answer]:
         """Plain texts that begin alike, as answers to that beginning. DataError where they do not."""
         end = self._tokenizer.eos_token
+        for text in texts:
+            _check_text(text, where)
         ids = [self._encode(text + (end if isinstance(end, str) else "")) for text in texts]
         shared = 0
         while all(shared < len(own) - 1 for own in ids) and len({own[shared] for own in ids}) == 1:
@@ -192,7 +197,7 @@ class AnswerReader:
         is_whole = True
         for number in (i for i, scale in enumerate(scales) if scale):
             asks = messages[number]["role"] == "assistant"
-            before = self._render(messages[:number], tools, where, ask=asks) if number or asks else ""
+            before = self._before(messages[:number], tools, where, ask=asks)
             until = self._render(messages[: number + 1], tools, where)
             if not until.startswith(before):
                 raise DataError(
@@ -209,14 +214,23 @@ class AnswerReader:
                 done = len(until)
         return [pieces] if is_whole else alone
 
+    def _before(self, messages: Sequence[Message], tools: Any, where: str, *, ask: bool) -> str:
+        """What a trained message is said after."""
+        if messages:
+            return self._render(messages, tools, where, ask=ask)
+        try:
+            return self._render(messages, tools, where, ask=True) if ask else ""
+        except DataError as error:  # many templates look at the first message
+            raise DataError(
+                f"{where}, got an answer as first message: the chat template cannot ask for one with nothing before it; begin "
+                'with a message of the user or the system, or give it "loss": false'
+            ) from error
+
     def _answer(self, pieces: Sequence[_Piece], where: str) -> Answer:
         tokens: list[int] = []
         scales: list[float] = []
         for piece in pieces:
-            if not is_unicode(piece.text):
-                raise DataError(
-                    f"{where}, got {short(piece.text)}: half of a surrogate pair is no character; mend the row"
-                )
+            _check_text(piece.text, where)
             ids = self._encode(piece.text)
             tokens += ids
             scales += self._trained(ids) if piece.scale == 1 else [piece.scale * s for s in self._trained(ids)]
@@ -261,6 +275,14 @@ class AnswerReader:
             scale[start:stop] = value
         return self._of_tokens(tokens, scale.tolist(), where)
 
+    def _check_asked(self, messages: Sequence[Message], scales: Sequence[float], where: str) -> None:
+        for number, (message, scale) in enumerate(zip(messages, scales, strict=True)):
+            if scale and message["role"] != "assistant":
+                raise DataError(
+                    f"{where}, got loss or loss_scale in message {number} ({message['role']}): the chat template marks answers of "
+                    "the assistant alone; leave it out, or take a template without {% generation %} blocks"
+                )
+
     def _of_tokens(self, tokens: Sequence[int], scales: Sequence[float], where: str) -> Answer:
         """From the first trained token to the last."""
         trained = np.flatnonzero(scales)
@@ -281,6 +303,11 @@ class AnswerReader:
         )
 
 
+def _check_text(text: str, where: str) -> None:
+    if not is_unicode(text):
+        raise DataError(f"{where}, got {short(text)}: half of a surrogate pair is no character; mend the row")
+
+
 def _conversation(values: dict[str, Any], form: ConversationFormat, where: str) -> list[Message] | tuple[str, str]:
     """Messages, or prompt and completion of plain text."""
     completion_key = form.completion_key or COMPLETION_KEY
@@ -291,24 +318,25 @@ def _conversation(values: dict[str, Any], form: ConversationFormat, where: str) 
     if completion is None:
         if form.completion_key is not None:
             raise DataError(f"{where}, got no {completion_key!r}: the row has no answer; mend it or drop the row")
-        return _messages(given, key, where, values)
+        return read_messages(given, key, where, values)
     if isinstance(given, str) and isinstance(completion, str) and not form.apply_chat_template:
         if not given or not completion:
             raise DataError(
                 f"{where}, got an empty {key!r} or {completion_key!r}: there is nothing to learn; drop the row"
             )
         return given, completion
-    asked = [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given, key, where, values)
+    asked = [{"role": "user", "content": given}] if isinstance(given, str) else read_messages(given, key, where, values)
     answer = (
         [{"role": "assistant", "content": completion}]
         if isinstance(completion, str)
-        else _messages(completion, completion_key, where, values)
+        else read_messages(completion, completion_key, where, values)
     )
     # What is asked is not trained on, whoever said it.
     return [*({**message, "loss": False} for message in asked), *answer]
 
 
-def _messages(value: Any, key: str, where: str, values: dict[str, Any]) -> list[Message]:
+def read_messages(value: Any, key: str, where: str, values: Mapping[str, Any]) -> list[Message]:
+    """The conversation in column `key`, without fields that are null. DataError where it is none."""
     if value is None:
         raise DataError(
             f"{where}, got columns {short(sorted(values), 400)}: no {key!r} among them; name the column of messages with --input-key"
@@ -320,7 +348,6 @@ def _messages(value: Any, key: str, where: str, values: dict[str, Any]) -> list[
             f"{where}, got {short(value)} in {key!r}: a conversation is a list of messages "
             '{"role": ..., "content": ...}, and not empty; mend the row'
         )
-    # Parquet gives every message the union of all messages' fields, with None for those it did not have.
     return [{k: v for k, v in message.items() if v is not None} for message in value]
 
 
@@ -331,6 +358,11 @@ def _scales(messages: Sequence[Message], name: LossScale, where: str) -> list[fl
     for number, message in enumerate(messages):
         is_answer = message["role"] == "assistant"
         counts = name == "all" or (is_answer and (name == "assistant" or number > last_question))
+        if not isinstance(message.get("loss", False), bool):
+            raise DataError(
+                f"{where}, got {short(message['loss'])} as loss of message {number}: it counts or it does not; give true or "
+                "false, or a weight as loss_scale"
+            )
         scale: Any = message.get("loss_scale", 1.0 if message.get("loss", counts) else 0.0)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (0 <= scale < math.inf):
             raise DataError(

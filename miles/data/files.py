@@ -88,10 +88,17 @@ def _read_parquet(path: Path, rows: slice) -> Iterator[Row]:
             first, last = max(start - number, 0), min(stop - number, batch.num_rows)
             if first < last:
                 for offset, values in enumerate(batch.slice(first, last - first).to_pylist()):
-                    yield Row(number + first + offset + 1, values)
+                    yield Row(number + first + offset + 1, {k: _without_gaps(v) for k, v in values.items()})
             number += batch.num_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
         raise DataError(f"{path}, got an unreadable parquet file: {_one_line(error)}; write it again") from error
+
+
+def _without_gaps(value: Any) -> Any:
+    """Parquet gives every object the union of all objects' fields, with None for those it did not have."""
+    if isinstance(value, dict):
+        return {k: _without_gaps(v) for k, v in value.items() if v is not None}
+    return [_without_gaps(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse_constant(name: str) -> NoReturn:

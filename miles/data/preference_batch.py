@@ -21,7 +21,7 @@ import numpy as np
 
 from miles.config import Config, job_of
 from miles.errors import DataError
-from miles.types import Sample, SampleGroup, Status, StepTotals, TrainBatch
+from miles.types import MARGIN, Sample, SampleGroup, Status, StepTotals, TrainBatch
 
 from .batch import (
     TrainBatches,
@@ -32,7 +32,6 @@ from .batch import (
     share_of_rank,
     trajectories_of,
 )
-from .preferences import MARGIN_KEY
 from .rows import TrainRows, check_samples
 
 
@@ -169,7 +168,7 @@ def _weights(
 
 def _margins(choices: Sequence[_Choice]) -> np.ndarray:
     """[B] float32: by how much a reward model should tell the rows of a pair apart; 0 where the data do not say."""
-    return np.array([float(choice.sample.metadata.get(MARGIN_KEY) or 0.0) for choice in choices], dtype=np.float32)
+    return np.array([float(choice.sample.metadata.get(MARGIN) or 0.0) for choice in choices], dtype=np.float32)
 
 
 def _partners(choices: Sequence[_Choice], step_of_row: np.ndarray) -> np.ndarray:

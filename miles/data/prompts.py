@@ -73,7 +73,7 @@ class PromptData:
 def load_prompts(
     path: str,
     *,
-    input_key: str = "input",
+    input_key: str | None = None,
     label_key: str | None = None,
     metadata_key: str = "metadata",
     tool_key: str = "tools",
@@ -86,7 +86,7 @@ def load_prompts(
 ) -> PromptData:
     """Loads `path` (JSONL or parquet, `path@[a:b]` for a slice).
 
-    input_key names a column of text or of messages; with `apply_chat_template` text becomes one user message and messages
+    input_key names a column of text or of messages, `input` where it is None; with `apply_chat_template` text becomes one user message and messages
     are rendered, with the row's tools and `apply_chat_template_kwargs`, ready for the assistant's turn. metadata_key and
     tool_key are used where a row has them, as objects or as their JSON text. max_prompt_len (tokens) drops longer prompts.
     require_label says, given a row's metadata, whether its reward needs a label; its ConfigError is told of the row.
@@ -95,6 +95,7 @@ def load_prompts(
 
     Raises DataError with file, line and reason for the first row that breaks these rules.
     """
+    input_key = input_key or "input"
     file = split_slice(path)[0]
     needs_label = require_label if callable(require_label) else lambda metadata: bool(require_label)
     template_kwargs = {"add_generation_prompt": True, **(apply_chat_template_kwargs or {})}
@@ -166,7 +167,6 @@ def read_prompt(values: dict[str, Any], key: str, where: str) -> str | list[dict
     if isinstance(value, str) and value:
         return value
     if isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-        # Parquet gives every message the union of all messages' fields, with None for those it did not have.
         return [{k: v for k, v in message.items() if v is not None} for message in value]
     raise DataError(
         f"{where}, got {short(value)} in {key!r}: a prompt is a text or a list of messages "
@@ -239,7 +239,7 @@ def add_to_digest(digest: xxhash.xxh3_128, prompt: Prompt) -> None:
     for answer in prompt.answers:
         scale = b"" if answer.loss_scale is None else answer.loss_scale.tobytes()
         digest.update(array("q", [len(answer.tokens), len(answer.loss_mask), len(scale)]).tobytes())
-        digest.update(answer.tokens.tobytes() + answer.loss_mask.tobytes() + scale)
+        digest.update(answer.tokens.tobytes() + answer.loss_mask.tobytes() + scale + repr(answer.reward).encode())
 
 
 def short(value: Any, limit: int = 60) -> str:

@@ -240,6 +240,13 @@ GROUPS: tuple[Group, ...] = (
             ),
             ("train/custom/<part>", "metrics of --custom-loss-function-path", "scored tokens", "-", "-"),
             ("train/nll_<channel>", "the same of one channel", "scored tokens of that channel", "nats", "as train/nll"),
+            (
+                "train/divergence_<channel>",
+                "train/divergence of one channel",
+                "scored tokens of that channel",
+                "nats",
+                "as train/divergence",
+            ),
             ("train/pg_loss", "its policy term", "as train/loss", "-", "as train/loss"),
             (
                 "train/kl_loss",

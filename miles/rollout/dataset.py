@@ -5,21 +5,21 @@ RolloutDataSource (prompts with answers) --SampleGroup (COMPLETED)--> RolloutOut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from miles.config import EvalDataset, eval_datasets, job_of
 from miles.data import ConversationFormat, PromptData, RolloutDataSource, load_conversations, load_judged, load_pairs
+from miles.data.files import split_slice
 from miles.errors import DataError
-from miles.types import RolloutOutput, SampleGroup
+from miles.types import CHANNEL, RolloutOutput, SampleGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from miles.config import Config
+    from miles.config.groups import RolloutArgs
     from miles.interfaces import DataSource
-
-#: Default of --input-key, which says where prompts are. A data set's column is looked for unless another one is named.
-_ANY_KEY = "input"
 
 
 class DatasetRollout:
@@ -36,44 +36,53 @@ class DatasetRollout:
 def load_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptData:
     """The rows of --prompt-data with their answers. Raises `DataError` for a row that cannot be trained on, and where there
     is none."""
-    path = config.rollout.prompt_data
-    assert path is not None, "checked at launch"
-    return _load("--prompt-data", path, config, tokenizer, config.rollout.input_key, config.rollout.label_key)
+    flags = config.rollout
+    assert flags.prompt_data is not None, "checked at launch"
+    return _load("--prompt-data", flags.prompt_data, config, tokenizer, flags)
 
 
-def load_eval_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[tuple[EvalDataset, list[SampleGroup]]]:
-    """Each evaluation data set with its rows as finished samples, in order. Raises `DataError`."""
+def load_eval_rows(
+    config: Config, tokenizer: PreTrainedTokenizerBase, channels: Sequence[str] = ()
+) -> list[tuple[EvalDataset, list[SampleGroup]]]:
+    """Each evaluation data set with its rows as finished samples, in order.
+
+    channels: those of the training data, by which these rows are reported too. Raises `DataError`, also for a row of none.
+    """
     found = []
     for dataset in eval_datasets(config):
-        what = f"evaluation {dataset.name}"
-        data = _load(what, dataset.path, config, tokenizer, dataset.input_key, dataset.label_key)
+        data = _load(f"evaluation {dataset.name}", dataset.path, config, tokenizer, dataset)
+        for prompt in data.prompts if channels else ():
+            if (channel := prompt.metadata.get(CHANNEL)) not in channels:
+                raise DataError(
+                    f"{split_slice(dataset.path)[0]}:{prompt.line}, got {'no channel' if channel is None else f'channel {channel}'}: "
+                    f"rows of --prompt-data are of {', '.join(channels)}; name one of them in every row"
+                )
         source = RolloutDataSource(data, n_samples_per_prompt=1, shuffle=False, seed=0)
         found.append((dataset, source.get_samples(len(data.prompts))))
     return found
 
 
 def _load(
-    what: str, path: str, config: Config, tokenizer: PreTrainedTokenizerBase, input_key: str, label_key: str | None
+    what: str, path: str, config: Config, tokenizer: PreTrainedTokenizerBase, columns: RolloutArgs | EvalDataset
 ) -> PromptData:
-    kind = job_of(config).rows
-    flags, sft = config.rollout, config.sft
+    kind, sft = job_of(config).rows, config.sft
     form = ConversationFormat(
         tokenizer,
         max_tokens=config.model.seq_length,
         overlong=sft.overlong_rows,
         loss_scale=sft.loss_scale,
-        input_key=None if input_key == _ANY_KEY else input_key,
-        completion_key=label_key if kind == "conversations" else None,
-        metadata_key=flags.metadata_key,
-        tool_key=flags.tool_key,
+        input_key=columns.input_key,
+        completion_key=columns.label_key if kind == "conversations" else None,
+        metadata_key=columns.metadata_key,
+        tool_key=columns.tool_key,
         channel_key=sft.channel_key,
-        apply_chat_template=flags.apply_chat_template,
-        template_kwargs=flags.apply_chat_template_kwargs,
+        apply_chat_template=columns.apply_chat_template,
+        template_kwargs=config.rollout.apply_chat_template_kwargs,
     )
     if kind == "pairs":
-        data = load_pairs(path, form)
+        data = load_pairs(path, form, with_margins=config.grpo.loss_type == "rm")
     elif kind == "judged":
-        data = load_judged(path, form, label_key)
+        data = load_judged(path, form, columns.label_key)
     else:
         data = load_conversations(path, form)
     if not data.prompts:
@@ -84,9 +93,11 @@ def _load(
 
 def channels_of(data: PromptData) -> tuple[str, ...]:
     """Names of the channels of all rows, sorted; none where no row has one. DataError where only some have."""
-    names = [prompt.metadata.get("channel") for prompt in data.prompts]
+    names = [prompt.metadata.get(CHANNEL) for prompt in data.prompts]
     found = tuple(sorted({name for name in names if name is not None}))
     if found and None in names:
         line = data.prompts[names.index(None)].line
-        raise DataError(f"{data.path}:{line}, got no channel where other rows have one; name it, such as {found[0]}")
+        raise DataError(
+            f"{split_slice(data.path)[0]}:{line}, got no channel where other rows have one; name it, such as {found[0]}"
+        )
     return found

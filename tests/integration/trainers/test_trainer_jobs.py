@@ -15,7 +15,7 @@ from miles.config import Config, make_config
 from miles.data import build_train_batches
 from miles.errors import CheckpointError, HookError
 from miles.trainers.check import check
-from miles.types import LossInputs, Sample, TrainBatch
+from miles.types import CHANNEL, LossInputs, Sample, TrainBatch
 
 from .trainer_tools import VOCAB, config_for, hf_log_probs, make_batch, run_ranks, trainer_for
 
@@ -52,7 +52,7 @@ def conversations(count: int = 12) -> list[list[Sample]]:
                     loss_mask=mask.tolist(),
                     loss_scale=scale,
                     status=Sample.Status.COMPLETED,
-                    metadata={"channel": CHANNELS[number % 3 == 0]},
+                    metadata={CHANNEL: CHANNELS[number % 3 == 0]},
                 )
             )
         groups.append(rows)
@@ -131,7 +131,7 @@ def test_sft_is_the_cross_entropy_of_hf(tmp_path: Path, qwen3: Path, aggregation
         if name in weights:
             torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-5)
     for channel in CHANNELS:
-        mine = [(weights_of(s), nll) for s, nll, _ in tokens if s.metadata["channel"] == channel]
+        mine = [(weights_of(s), nll) for s, nll, _ in tokens if s.metadata[CHANNEL] == channel]
         if aggregation == "token_mean":
             mean = sum(float((w * nll).sum()) for w, nll in mine) / sum(float(w.sum()) for w, _ in mine)
             assert evaluated[f"nll_{channel}"] == trained[f"train/nll_{channel}"] == pytest.approx(mean, rel=1e-5)

@@ -1,5 +1,6 @@
 """Supervised losses and divergences from a teacher, against sums written out in float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles.algo.distillation import generalized_jsd, with_remainder
+from miles.algo.distillation import generalized_jsd, gkd_loss, with_remainder
 from miles.algo.metrics import finish_metrics, merge_metrics
 from miles.algo.supervised import sft_loss
 from miles.errors import ConfigError
@@ -63,6 +64,15 @@ def test_channels_have_denominators_of_their_own() -> None:
     assert finish_metrics(merge_metrics(parts[0].metrics, parts[1].metrics)) == pytest.approx(finished)
     # A channel without tokens has no mean.
     assert "nll_code" not in finish_metrics(parts[0].metrics)
+
+
+def test_distillation_tells_channels_apart() -> None:
+    inputs = make_inputs([-1.0, -2.0, -4.0], [0.2, 0.2, 0.6], [0, 0, 1], [0, 1], ("math", "code"))
+    divergence = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    finished = finish_metrics(gkd_loss(dataclasses.replace(inputs, divergence=divergence)).metrics)
+    assert {name: finished[name] for name in finished if "_" in name and name != "scored_tokens"} == pytest.approx(
+        {"divergence_math": 1.5, "divergence_code": 5.0, "nll_math": 1.5, "nll_code": 4.0}
+    )
 
 
 def test_nothing_to_train_on() -> None:

@@ -179,7 +179,7 @@ def test_rows_of_zero_advantage_are_skipped_and_still_counted():
     "grpo",
     [
         *({"use_kl_loss": True}, {"entropy_coef": 0.01}, {"kl_coef": 0.1}, {"normalize_advantages": True}),
-        {"entropy_quantile": 0.5},
+        *({"entropy_quantile": 0.5}, {"loss_type": "custom_loss"}, {"policy_loss": "of_a_plugin"}),
     ],
 )
 def test_no_row_is_skipped_where_another_term_applies(grpo):

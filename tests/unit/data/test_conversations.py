@@ -12,6 +12,7 @@ import pytest
 
 from miles.data import ConversationFormat, PromptData, RolloutDataSource, check_sample, load_conversations
 from miles.errors import DataError
+from miles.types import CHANNEL
 
 #: Every message as <role>content, the assistant's closed by an end token and a mark, as the Qwen kind has it.
 PLAIN = (
@@ -186,8 +187,8 @@ def test_long_rows(load: Any) -> None:
 
 def test_channels_and_metadata_stay_with_the_row(load: Any) -> None:
     data = load({"messages": TURNS, "channel": "math", "metadata": {"id": 3}})
-    assert data.prompts[0].metadata == {"id": 3, "channel": "math"}
-    assert load({"messages": TURNS, "source": 7}, channel_key="source").prompts[0].metadata == {"channel": "7"}
+    assert data.prompts[0].metadata == {"id": 3, CHANNEL: "math"}
+    assert load({"messages": TURNS, "source": 7}, channel_key="source").prompts[0].metadata == {CHANNEL: "7"}
 
 
 def test_the_fingerprint_knows_what_trains(load: Any) -> None:
@@ -226,3 +227,43 @@ def test_rows_that_cannot_train_are_named(load: Any, row: dict[str, Any], templa
         load(*([fine] if template is PLAIN else []), row, template=template)
     assert says in str(caught.value)
     assert "rows.jsonl:" in str(caught.value)
+
+
+def test_metadata_named_channel_is_free(load: Any) -> None:
+    free = {"channel": {"id": 3}}
+    assert load({"messages": TURNS, "metadata": free | {CHANNEL: "x"}}).prompts[0].metadata == free
+
+
+def test_an_answer_to_nothing(load: Any) -> None:
+    strict = PLAIN.replace("{%- for m in", "{%- set first = messages[0]['role'] -%}{%- for m in", 1)
+    messages = chat("ahello", "uhi", "ayou")
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1, got an answer as first message: .* cannot ask for one with nothing"
+    ):
+        load({"messages": messages}, template=strict)
+    messages[0]["loss"] = False
+    assert spans(load, load({"messages": messages}, template=strict)) == [["you</s>"]]
+
+
+def test_weights_that_would_not_count_as_written(load: Any) -> None:
+    with pytest.raises(DataError, match="got 'no' as loss of message 4: it counts or it does not"):
+        load({"messages": chat("sBe brief.", "uhi", "ahello", "u1+1", "a2", loss="no")})
+    messages = [{"role": "user", "content": "hi", "loss": True}, *chat("ayou")]
+    with pytest.raises(
+        DataError, match=r"got loss or loss_scale in message 0 \(user\): the chat template marks answers"
+    ):
+        load({"messages": messages}, template=MARKED)
+
+
+def test_parquet_says_null_where_a_message_has_no_such_argument(load: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from miles.data.files import read_rows
+
+    rows = [
+        {"messages": [{"role": "assistant", "calls": [{"arguments": {"city": "Rome"}}, {"arguments": {"day": 1}}]}]},
+        {"messages": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row.values for row in read_rows(str(tmp_path / "a.parquet"))] == rows

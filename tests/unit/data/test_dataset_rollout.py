@@ -12,8 +12,9 @@ import pytest
 
 from miles.config import make_config
 from miles.data import RolloutDataSource
-from miles.errors import DataError
+from miles.errors import ConfigError, DataError
 from miles.rollout import DatasetRollout, channels_of, load_eval_rows, load_rows
+from miles.types import MARGIN
 
 from .test_conversations import PLAIN, TURNS, chat
 
@@ -22,15 +23,22 @@ OTHER = chat("u1+1", "a2")
 
 @pytest.fixture
 def load(tokenizer: Any, tmp_path: Path) -> Any:
-    def load(*rows: dict[str, Any], of_evaluation: bool = False, **flags: Any) -> Any:
+    def load(*rows: dict[str, Any], of_evaluation: bool = False, channels: tuple[str, ...] = (), **flags: Any) -> Any:
         one = copy.deepcopy(tokenizer)
         one.add_special_tokens({"eos_token": "</s>"})
         one.chat_template = PLAIN
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        evaluation = {"eval_prompt_data": ["held", str(path)], "eval_interval": 1} if of_evaluation else {}
-        config = make_config(loss_type="sft_loss", prompt_data=str(path), rollout_batch_size=2, **evaluation, **flags)
-        return (load_eval_rows if of_evaluation else load_rows)(config, one)
+        evaluation: dict[str, Any] = (
+            {"eval_prompt_data": ["held", str(path)], "eval_interval": 1} if of_evaluation else {}
+        )
+        if entry := flags.pop("entry", None):
+            listed = tmp_path / "eval.yaml"
+            listed.write_text(json.dumps({"datasets": [{"name": "held", "path": str(path), **entry}]}))
+            evaluation = {"eval_config": str(listed), "eval_interval": 1}
+        chosen = {"loss_type": "sft_loss", "prompt_data": str(path), "rollout_batch_size": 2, **evaluation, **flags}
+        config = make_config(**chosen)
+        return load_eval_rows(config, one, channels) if of_evaluation else load_rows(config, one)
 
     return load
 
@@ -40,6 +48,7 @@ def load(tokenizer: Any, tmp_path: Path) -> Any:
     [
         ({"loss_scale": "last_round"}, [{"messages": TURNS}]),
         ({"input_key": "talk"}, [{"talk": TURNS}]),
+        ({"input_key": "input"}, [{"prompt": "1", "input": "2", "completion": "3"}]),
         ({"input_key": "q", "label_key": "a"}, [{"q": "1", "a": "2"}]),
         ({"apply_chat_template": True}, [{"prompt": "1", "completion": "2"}]),
         ({"apply_chat_template_kwargs": {"quiet": True}}, [{"messages": chat("u1", "a()2")}]),
@@ -74,6 +83,48 @@ def test_channels_are_named_by_all_rows_or_none(load: Any) -> None:
     assert channels_of(load(*[{"messages": OTHER, "channel": name} for name in "bab"])) == ("a", "b")
     with pytest.raises(DataError, match=r"rows\.jsonl:2, got no channel where other rows have one; name it, such as a"):
         channels_of(load({"messages": OTHER, "channel": "a"}, {"messages": OTHER}))
+
+
+def test_evaluation_rows_have_channels_of_the_training_data(load: Any) -> None:
+    known = {"messages": OTHER, "channel": "a"}
+    load(known, of_evaluation=True, channels=("a", "b"))
+    load({"messages": OTHER}, of_evaluation=True)
+    for row, got in (({"messages": OTHER}, "no channel"), (known | {"channel": "c"}, "channel c")):
+        with pytest.raises(DataError, match=rf"rows\.jsonl:2, got {got}: rows of --prompt-data are of a, b"):
+            load(known, row, of_evaluation=True, channels=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "row"),
+    [
+        ({"input_key": "talk"}, {"talk": OTHER}),
+        ({"input_key": "q", "label_key": "a"}, {"q": "1", "a": "2"}),
+        ({"apply_chat_template": True}, {"prompt": "1", "completion": "2"}),
+        ({"metadata_key": "about"}, {"messages": OTHER, "about": {"id": 1}}),
+        ({"tool_key": "uses"}, {"messages": OTHER, "uses": [{"name": "look"}]}),
+    ],
+)
+def test_every_key_of_an_evaluation_changes_its_rows(load: Any, entry: dict[str, Any], row: dict[str, Any]) -> None:
+    ((_, groups),) = load(row, of_evaluation=True, entry=entry)
+    try:
+        ((_, others),) = load(row, of_evaluation=True)
+    except DataError:
+        return
+    assert groups[0][0].to_dict() != others[0][0].to_dict()
+
+
+@pytest.mark.parametrize("key", ["temperature", "n_samples_per_prompt", "rm_type", "reward_key", "max_response_len"])
+def test_keys_of_sampling_and_rewards_are_refused(load: Any, key: str) -> None:
+    with pytest.raises(ConfigError, match="--loss-type sft_loss samples and scores nothing; leave it out"):
+        load({"messages": OTHER}, of_evaluation=True, entry={key: 1})
+    with pytest.raises(ConfigError, match="label_key, got 'x': --loss-type dpo reads the columns chosen and rejected"):
+        load({"messages": OTHER}, of_evaluation=True, loss_type="dpo", entry={"label_key": "x"})
+
+
+def test_margins_are_for_reward_models(load: Any) -> None:
+    row = {"prompt": "1", "chosen": "2", "rejected": "3", "margin": 0.5}
+    assert load(row, loss_type="rm").prompts[0].metadata == {MARGIN: 0.5}
+    assert load(row, loss_type="dpo").prompts[0].metadata == {}
 
 
 def test_files_without_a_row_that_fits(load: Any) -> None:

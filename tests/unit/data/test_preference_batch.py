@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from miles.config import make_config
 from miles.data import build_preference_batches
 from miles.errors import DataError
-from miles.types import Sample, Status
+from miles.types import MARGIN, Sample, Status
 
 
 def config(loss_type="dpo", **flags):
@@ -68,7 +68,7 @@ def test_samples_that_cannot_be_trained_on_are_not_chosen():
 def test_margins_of_the_rows():
     groups = groups_of([1.0, 0.0], [1.0, 0.0])
     for s in groups[1]:
-        s.metadata["margin"] = 0.75
+        s.metadata[MARGIN] = 0.75
     (batch,) = build(groups, rollout_batch_size=2).batches
     assert batch.rows["margin"].tolist() == [0, 0, 0.75, 0.75]
 

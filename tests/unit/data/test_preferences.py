@@ -7,7 +7,7 @@ import pytest
 
 from miles.data import ConversationFormat, RolloutDataSource, load_judged, load_pairs
 from miles.errors import DataError
-from miles.types import Status
+from miles.types import MARGIN, Status
 
 
 @pytest.fixture
@@ -71,6 +71,36 @@ def test_messages_go_through_the_template(tmp_path, form, row):
     assert seen(load_pairs(write(tmp_path / "a.jsonl", row), form), form) == expected
 
 
+@pytest.mark.parametrize("prompt", ["2+2=", [user("2+2=")]])
+def test_an_answer_that_repeats_the_prompt_is_asked_once(tmp_path, form, prompt):
+    row = {"prompt": prompt, "chosen": [user("2+2="), answer("4")], "rejected": [user("2+2="), answer("22")]}
+    expected = [("<user>2+2=<assistant>", "4~", 1.0), ("<user>2+2=<assistant>", "22~", 0.0)]
+    assert seen(load_pairs(write(tmp_path / "a.jsonl", row), form), form) == expected
+    judged = {"prompt": prompt, "completion": row["chosen"], "label": True}
+    assert seen(load_judged(write(tmp_path / "b.jsonl", judged), form), form) == expected[:1]
+
+
+def test_the_column_of_prompts(tmp_path, form):
+    """Named, it has to be there; else it is `prompt` or `input`."""
+    answers = {"chosen": "xb", "rejected": "xc"}
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "input": "i", **answers}, {"input": "i", **answers}, answers)
+
+    def prompts(**flags):
+        return [prompt for prompt, _, _ in seen(load_pairs(path, dataclasses.replace(form, **flags)), form)[::2]]
+
+    assert prompts() == ["p", "i", "x"]
+    with pytest.raises(DataError, match=r"a\.jsonl:3, got columns .*: no 'input' among them"):
+        prompts(input_key="input")
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "input": "i", **answers})
+    assert prompts(input_key="input") == ["i"]
+
+
+def test_metadata_named_as_our_columns_is_free(tmp_path, form):
+    free = {"margin": "wide", "channel": ["web"]}
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "?", "metadata": free | {MARGIN: 1}}
+    assert load_pairs(write(tmp_path / "a.jsonl", row), form).prompts[0].metadata == free
+
+
 def test_text_is_rendered_on_request_and_turns_in_common_are_asked(tmp_path, form):
     templated = dataclasses.replace(form, apply_chat_template=True)
     row = {"prompt": "2+2=", "chosen": "4", "rejected": "22"}
@@ -92,9 +122,9 @@ def test_parquet_and_other_columns(tmp_path, form):
 
     rows = [{"ask": "x", "chosen": [answer("y")], "rejected": [answer("z")], "margin": 0.5}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    data = load_pairs(str(tmp_path / "a.parquet"), dataclasses.replace(form, input_key="ask"))
+    data = load_pairs(str(tmp_path / "a.parquet"), dataclasses.replace(form, input_key="ask"), with_margins=True)
     assert [response for _, response, _ in seen(data, form)] == ["y~", "z~"]
-    assert data.prompts[0].metadata == {"margin": 0.5}
+    assert data.prompts[0].metadata == {MARGIN: 0.5}
 
 
 @pytest.mark.parametrize(("label", "reward"), [(True, 1.0), (False, 0.0), (1, 1.0), (0, 0.0)])
@@ -126,12 +156,23 @@ def test_rows_that_are_too_long(tmp_path, form):
         ({"chosen": "b", "rejected": "c"}, "begin differently"),
         ({"chosen": [user("a"), answer("b")], "rejected": [user("c"), answer("d")]}, "answer different prompts"),
         ({"chosen": [user("a"), answer("b")], "rejected": "c"}, "in one form"),
+        ({"chosen": ["a"], "rejected": [user("c"), answer("d")]}, r"got \['a'\] in 'chosen': a conversation"),
+        (
+            {"prompt": "a", "chosen": [user("A"), answer("b")], "rejected": "c"},
+            "a turn of the user in 'chosen' that is not",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": [user("a")]}, "got the prompt alone in 'rejected'"),
+        ({"prompt": 7, "chosen": "b", "rejected": "c"}, "got 7 in 'prompt': a conversation is"),
+        ({"prompt": "a", "chosen": 7, "rejected": "c"}, "got 7 in 'chosen': a conversation is"),
+        ({"chosen": "a\ud800b", "rejected": "a\ud800c"}, "half of a surrogate pair"),
+        ({"prompt": "a", "chosen": [answer("b") | {"loss_scale": 0.5}], "rejected": "c"}, "loss_scale in 'chosen'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}, "got 'x' in 'margin': a margin is a finite"),
     ],
 )
 def test_rows_that_are_no_pairs(tmp_path, form, row, message):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"}, row)
     with pytest.raises(DataError, match=r"a\.jsonl:2, .*" + message):
-        load_pairs(write(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"}, row), form)
+        load_pairs(path, form, with_margins=True)
 
 
 def test_texts_without_a_prompt_cannot_be_rendered(tmp_path, form):
@@ -164,6 +205,11 @@ def test_a_pair_is_a_group_of_two_finished_samples(tmp_path, form):
     assert [s.index for group in groups for s in group] == [0, 1, 2, 3]
     assert all(s.status is Status.COMPLETED and s.trajectory_id is None for group in groups for s in group)
     assert [s.response for s in groups[1]] == ["b~", "c~"]
+
+
+def test_the_fingerprint_knows_labels(tmp_path, form):
+    rows = ({"prompt": "a", "completion": "b", "label": label} for label in (True, False))
+    assert len({load_judged(write(tmp_path / "a.jsonl", row), form).fingerprint for row in rows}) == 2
 
 
 def test_the_fingerprint_knows_both_answers(tmp_path, form):
