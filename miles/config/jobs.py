@@ -60,7 +60,7 @@ ENGINE_FLAGS = (
     *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_stop", "rollout_stop_token_ids"),
     *("rollout_max_prompt_len", "rollout_max_response_len", "rollout_max_context_len", "rollout_skip_special_tokens"),
     *("over_sampling_batch_size", "n_samples_per_prompt", "max_failed_sample_fraction"),
-    *("custom_generate_function_path", "custom_generate_timeout"),
+    *("custom_generate_function_path", "custom_generate_timeout", "custom_eval_rollout_log_function_path"),
     *("eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len", "n_samples_per_eval_prompt"),
     *("colocate", "rollout_engine", "max_engine_restarts", "update_weight_buffer_size"),
     *("check_weight_update_equal", "debug_rollout_only"),
@@ -88,6 +88,12 @@ REWARD_FLAGS = (
 _SHARED = ("loss_type", "calculate_per_token_loss", "loss_aggregation", "loss_constant_length")
 #: Flags of advantages, of the policy loss and of its corrections.
 POLICY_FLAGS = tuple(field.name for field in dataclasses.fields(GrpoArgs) if field.name not in _SHARED)
+
+#: Those that change the policy loss itself, beside numbers and columns that a function of one's own reads.
+POLICY_LOSS_FLAGS = (
+    *("policy_loss", "kl_loss_coef", "use_unbiased_kl", "entropy_coef", "entropy_quantile", "use_opsm"),
+    *("use_tis", "off_policy_correction", "custom_tis_function_path"),
+)
 
 #: Flag -> the loss types that read it, for flags that not every job reads and that are in none of the lists above.
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -125,6 +131,8 @@ def flags_are_read_by_the_job(facts: Facts) -> Iterator[Problem]:
     yield from needs(
         facts, POLICY_FLAGS, unless=job.preference is None and job.rewards, why=f"{flag} has no advantages", fix=fix
     )
+    why = f"{flag} is the whole loss"
+    yield from needs(facts, POLICY_LOSS_FLAGS, unless=name != "custom_loss", why=why, fix=f"{fix}, and write it there")
     for field, losses in READ_BY.items():
         takes = f"take --loss-type {' or '.join(losses)}, or leave it out"
         yield from needs(facts, (field,), unless=name in losses, why=f"{flag} does not read it", fix=takes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from .algorithms import AVERAGED_PAIR_LOSSES, PAIR_LOSSES, SMOOTHED_PAIR_LOSSES, WITHOUT_DIVERGENCE
@@ -47,6 +48,22 @@ def pair_losses_have_a_weight_each(facts: Facts) -> Iterator[Problem]:
     if flags.dpo_loss_weights is not None and len(flags.dpo_loss_weights) != len(flags.dpo_loss_type):
         got = " ".join(map(str, flags.dpo_loss_weights))
         yield Problem("--dpo-loss-weights", got, f"--dpo-loss-type names {len(flags.dpo_loss_type)}", "give as many")
+
+
+def pair_losses_weigh_a_number(facts: Facts) -> Iterator[Problem]:
+    weights = facts.config.preference.dpo_loss_weights or ()
+    if not all(map(math.isfinite, weights)):
+        got = " ".join(map(str, weights))
+        yield Problem("--dpo-loss-weights", got, "the loss would be no number", "give finite numbers")
+
+
+def kto_needs_company(facts: Facts) -> Iterator[Problem]:
+    """Its baseline is made of answers to other prompts."""
+    sizes, job = facts.config.rollout, job_of(facts.config)
+    groups, steps = sizes.rollout_batch_size, sizes.num_steps_per_rollout or 1
+    if job.rows == "judged" and groups is not None and groups // steps < 2:
+        why = f"an optimizer step has {groups // steps} of them, and kto compares a row with the others of its step"
+        yield Problem("--rollout-batch-size", groups, why, f"give at least {2 * steps}")
 
 
 def label_smoothing_fits(facts: Facts) -> Iterator[Problem]:
@@ -117,6 +134,8 @@ def _any_of(names: tuple[str, ...], known: tuple[str, ...]) -> bool:
 PREFERENCE_RULES: tuple[Rule, ...] = (
     pair_losses_are_known,
     pair_losses_have_a_weight_each,
+    pair_losses_weigh_a_number,
+    kto_needs_company,
     label_smoothing_fits,
     scores_fit_the_losses,
     pairs_count_as_wholes,

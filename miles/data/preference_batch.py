@@ -107,9 +107,10 @@ def build_preference_batches(
 
     batches = divide(rows, columns)
     if not of_pairs:
-        crossed = check_samples(_mismatched(choices, step_of_row))
+        mismatched, is_mismatched = _mismatched(choices, step_of_row, config.rollout.rollout_max_context_len)
+        crossed = check_samples(mismatched)
         lengths = {"total_lengths": crossed.total_lengths, "response_lengths": crossed.response_lengths}
-        others = divide(crossed, columns | lengths | {"loss_weight": _is_mismatched(choices, step_of_row)})
+        others = divide(crossed, columns | lengths | {"loss_weight": is_mismatched})
         batches = [dataclasses.replace(own, mismatched=other) for own, other in zip(batches, others, strict=True)]
 
     advantages: list[float | None] = [None] * sum(map(len, groups))
@@ -187,29 +188,35 @@ def _partners(choices: Sequence[_Choice], step_of_row: np.ndarray) -> np.ndarray
     return partners
 
 
-def _is_mismatched(choices: Sequence[_Choice], step_of_row: np.ndarray) -> np.ndarray:
-    """[B] float32: 1 where there is a response of another prompt; rows of weight 0 are not compared."""
-    partners = _partners(choices, step_of_row)
-    return (partners != np.arange(len(choices))).astype(np.float32)
+def _mismatched(
+    choices: Sequence[_Choice], step_of_row: np.ndarray, max_tokens: int | None
+) -> tuple[list[Sample], np.ndarray]:
+    """Each row's prompt with the response of its partner, cut to max_tokens, and [B] float32: 1 where that is another's.
 
-
-def _mismatched(choices: Sequence[_Choice], step_of_row: np.ndarray) -> list[Sample]:
-    """Each row's prompt with the response of its partner."""
+    Rows of weight 0 are not compared: those without a partner, and those whose prompt leaves it no trained token.
+    """
     crossed = []
-    for choice, partner in zip(choices, _partners(choices, step_of_row), strict=True):
+    weights = np.zeros(len(choices), dtype=np.float32)
+    for number, (choice, partner) in enumerate(zip(choices, _partners(choices, step_of_row), strict=True)):
         own, other = choice.sample, choices[partner].sample
-        response = list(other.tokens[other.prompt_length :])
+        room = None if max_tokens is None else max(max_tokens - own.prompt_length, 0)
+        response = list(other.tokens[other.prompt_length :])[:room]
+        mask = None if other.loss_mask is None else list(other.loss_mask)[:room]
+        if partner == number or not response or (mask is not None and not any(mask)):
+            crossed.append(dataclasses.replace(own, loss_scale=None, rollout_log_probs=None))
+            continue
+        weights[number] = 1
         crossed.append(
             dataclasses.replace(
                 own,
                 tokens=[*own.tokens[: own.prompt_length], *response],
                 response_length=len(response),
-                loss_mask=other.loss_mask,
+                loss_mask=mask,
                 loss_scale=None,
                 rollout_log_probs=None,
             )
         )
-    return crossed
+    return crossed, weights
 
 
 def _metrics(

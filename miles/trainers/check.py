@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from miles.config import Problem, check_names, load_hook, suggestion
-from miles.config.algorithms import BUILT_IN
+from miles.config.algorithms import BUILT_IN, PAIR_LOSSES
 from miles.config.hf import FAMILIES
 from miles.config.platform import detect_platform
 from miles.errors import HookError
@@ -117,13 +117,21 @@ def _custom_loss(config: Config) -> Problem | None:
 
 def _check_parts_of_the_loss(config: Config) -> list[Problem]:
     """Names that are not built in are looked for among what plugins registered; only then is torch imported."""
+    problems = []
+    if unknown := [name for name in config.preference.dpo_loss_type if name not in PAIR_LOSSES]:
+        from miles.algo.preference import pair_losses
+
+        for name in unknown:
+            if name not in (known := list(pair_losses)):
+                fix = suggestion(name, known, otherwise=f"choose among {', '.join(known)}")
+                problems.append(Problem("--dpo-loss-type", name, "neither Miles nor a --plugin registers it", fix))
     names = {name: getattr(config.grpo, name) for name in ("policy_loss", "off_policy_correction")}
     if all(value is None or value in BUILT_IN[name] for name, value in names.items()):
-        return []
+        return problems
     from miles.algo import surrogates
     from miles.algo.corrections import corrections
 
-    return check_names(config, {"policy_loss": surrogates, "off_policy_correction": corrections})
+    return problems + check_names(config, {"policy_loss": surrogates, "off_policy_correction": corrections})
 
 
 _RULES: tuple[Callable[[Config], Problem | None], ...] = (

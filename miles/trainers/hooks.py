@@ -11,7 +11,7 @@ import torch
 from miles.algo import PolicyLossSpec, Term
 from miles.algo.metrics import SCORED_TOKENS, TOTAL_WEIGHT, mean, total
 from miles.algo.reductions import masked_sum
-from miles.algo.terms import trained_tokens
+from miles.algo.terms import TOKEN_COLUMNS, trained_tokens
 from miles.config import args_view, load_hook
 from miles.errors import HookError
 from miles.types import LossInputs, LossOutputs
@@ -115,7 +115,8 @@ def custom_loss(path: str, config: Config) -> Callable[[LossInputs], LossOutputs
 
     tokens: `LossInputs` of a micro-batch, `R` tokens, zeros where a token is not trained on. token_losses: [R] with gradient;
     `token_weight` sums them, so that no split over ranks and micro-batches changes the loss. metrics: of [R] or one number
-    each, logged as means over the trained tokens under `train/custom/`. Raises HookError for a result of another form.
+    each, logged as means over the trained tokens under `train/custom/`; their names are the same in every call. Where a
+    micro-batch has no token the hook is given one of zeros instead, for the names alone. Raises HookError for a result of another form.
     """
     flag = "--custom-loss-function-path"
     hook = load_hook(path, flag=flag, parameters=("args", "tokens"))
@@ -124,6 +125,17 @@ def custom_loss(path: str, config: Config) -> Callable[[LossInputs], LossOutputs
     def loss(inputs: LossInputs) -> LossOutputs:
         tokens = trained_tokens(inputs)
         mask, weight = tokens.loss_mask, tokens.token_weight
+        if len(mask):
+            values, means = call(tokens)
+        else:
+            # Ranks reduce metrics together, so their names have to be found out also where there is no loss.
+            values, means = tokens.log_probs, dict.fromkeys(call(_one_token(tokens))[1], tokens.log_probs)
+        metrics = {f"custom/{name}": mean(value, mask, weight) for name, value in means.items()}
+        counts = {SCORED_TOKENS: total(torch.ones_like(weight), mask), TOTAL_WEIGHT: total(weight, mask)}
+        # A loss that does not use the policy has no gradient, and megatron goes back through every micro-batch.
+        return LossOutputs(masked_sum(values, mask, weight) + tokens.log_probs.sum() * 0, {**metrics, **counts})
+
+    def call(tokens: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         result = hook(args, tokens)
         if not isinstance(result, tuple) or len(result) != 2:
             raise HookError(f"{flag}, got {type(result).__name__} of {path}: it returns (token_losses, metrics)")
@@ -134,14 +146,24 @@ def custom_loss(path: str, config: Config) -> Callable[[LossInputs], LossOutputs
                 f"{tuple(tokens.log_probs.shape)}; return one loss for each token"
             )
         try:
-            means = {str(name): _per_token(value, values) for name, value in dict(told or {}).items()}
+            return values, {str(name): _per_token(value, values) for name, value in dict(told or {}).items()}
         except (TypeError, ValueError, RuntimeError) as error:
             raise HookError(
                 f"{flag}, got metrics of another form of {path} ({error}): return one number, or one for each token"
             ) from error
-        metrics = {f"custom/{name}": mean(value, mask, weight) for name, value in means.items()}
-        counts = {SCORED_TOKENS: total(torch.ones_like(weight), mask), TOTAL_WEIGHT: total(weight, mask)}
-        # A loss that does not use the policy has no gradient, and megatron goes back through every micro-batch.
-        return LossOutputs(masked_sum(values, mask, weight) + tokens.log_probs.sum() * 0, {**metrics, **counts})
 
     return loss
+
+
+def _one_token(empty: LossInputs) -> LossInputs:
+    """`empty`, a micro-batch without tokens, with a row of one token of zeros in each column that it has."""
+    like = empty.log_probs
+    columns = {
+        **{name: like.new_zeros(1) for name in TOKEN_COLUMNS if getattr(empty, name) is not None},
+        "row": torch.zeros(1, dtype=torch.long, device=like.device),
+        "loss_mask": torch.ones(1, dtype=torch.bool, device=like.device),
+        "total_lengths": torch.ones(1, dtype=torch.long, device=like.device),
+        "row_weight": None if empty.row_weight is None else like.new_ones(1),
+        "policy_mask": None,
+    }
+    return dataclasses.replace(empty, num_rows=1, **columns)  # type: ignore[arg-type]  # every value is a tensor field

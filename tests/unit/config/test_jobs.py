@@ -53,3 +53,18 @@ def test_what_supervised_training_derives() -> None:
     assert not job_of(config).engines
     assert Layout.of(config).engine_bundles == ()
     assert Layout.of(make_config()).engine_bundles
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *({"policy_loss": "cispo"}, {"entropy_coef": 0.1}, {"entropy_quantile": 0.5}, {"use_opsm": True}),
+        *({"use_tis": True}, {"off_policy_correction": "icepop"}, {"custom_tis_function_path": "a.py:f"}),
+        {"use_kl_loss": True, "kl_loss_coef": 0.1},
+    ],
+)
+def test_a_loss_of_ones_own_is_the_whole_loss(flags: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match="--loss-type custom_loss is the whole loss; leave it out, and write it there"
+    ):
+        make_config(loss_type="custom_loss", custom_loss_function_path="a.py:f", **flags)

@@ -116,6 +116,8 @@ def test_the_tables_of_flags_are_true(name: str) -> None:
         ),
         ({"dpo_loss_type": ()}, "nothing would be trained"),
         ({"dpo_loss_weights": (1.0, 2.0)}, r"--dpo-loss-weights, got 1.0 2.0: --dpo-loss-type names 1; give as many"),
+        ({"dpo_loss_weights": (float("nan"),)}, "--dpo-loss-weights, got nan: the loss would be no number"),
+        ({"custom_eval_rollout_log_function_path": "a.py:f"}, "--loss-type dpo starts no engine"),
         ({"label_smoothing": 0.5}, "half of them wrong says nothing"),
         ({"label_smoothing": -0.1}, "give 0 to below 0.5"),
         ({"dpo_loss_type": ("exo_pair",)}, "exo_pair compares with the distribution"),
@@ -134,6 +136,14 @@ def test_the_tables_of_flags_are_true(name: str) -> None:
 def test_what_makes_no_sense_is_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(loss_type="dpo", **flags)
+
+
+def test_kto_has_others_to_compare_with() -> None:
+    make_config(loss_type="kto", rollout_batch_size=4, num_steps_per_rollout=2)
+    with pytest.raises(
+        ConfigError, match=r"--rollout-batch-size, got 4: an optimizer step has 1 of them, .*; give at least 8"
+    ):
+        make_config(loss_type="kto", rollout_batch_size=4, num_steps_per_rollout=4)
 
 
 _ONLINE: dict[str, Any] = {

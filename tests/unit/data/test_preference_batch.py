@@ -128,7 +128,7 @@ def test_judged_answers_are_rows_and_meet_other_prompts():
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=8), dp_size=st.integers(1, 3))
 def test_a_mismatched_response_is_never_of_the_same_prompt(sizes, dp_size):
     groups = groups_of(*[[1.0] * size for size in sizes])
-    batches = build(groups, "kto", dp_size=dp_size, rollout_batch_size=len(sizes)).batches
+    batches = build(groups, "kto", dp_size=dp_size, rollout_batch_size=max(len(sizes), 2)).batches
     group_of = {s.index: g for g, group in enumerate(groups) for s in group}
     for batch in batches:
         others = batch.mismatched
@@ -137,6 +137,24 @@ def test_a_mismatched_response_is_never_of_the_same_prompt(sizes, dp_size):
             assert (group_of[int(tokens[-1]) - 100] != int(tokens[0]) // 10) == bool(weight)
     if len(sizes) > 1 and max(sizes) * 2 <= sum(sizes):
         assert all((batch.mismatched.rows["loss_weight"] == 1).all() for batch in batches)
+
+
+def test_a_mismatched_response_is_cut_to_the_longest_row():
+    """Prompts of 2 and 6 tokens, responses of 4 and 2, at most 7 tokens: 2 + 2 fits, of 6 + 4 one token does."""
+    short = sample(0, 0, 1.0, response=(3, 4, 5, 6))
+    long = sample(1, 1, 0.0, prompt=range(6), response=(7, 8))
+
+    def crossed(seq_length):
+        (batch,) = build([[short], [long]], "kto", rollout_batch_size=2, seq_length=seq_length).batches
+        rows = batch.mismatched.rows
+        return rows["total_lengths"].tolist(), rows["response_lengths"].tolist(), rows["loss_weight"].tolist()
+
+    assert crossed(8) == ([4, 8], [2, 2], [1, 1])
+    assert crossed(7) == ([4, 7], [2, 1], [1, 1])
+    # Nothing is left: the row is not compared.
+    assert crossed(6)[2] == [1, 0]
+    short.loss_mask = [0, 1, 1, 1]
+    assert crossed(7)[2] == [1, 0]
 
 
 def test_a_group_without_answers_or_difference_leaves_an_empty_step():

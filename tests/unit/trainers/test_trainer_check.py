@@ -65,3 +65,9 @@ def test_a_loss_that_no_plugin_registered() -> None:
     assert second.startswith(
         "--off-policy-correction, got mine: neither Miles nor a --plugin registers it; choose one of"
     )
+
+
+def test_a_pair_loss_that_no_plugin_registered() -> None:
+    config = make_config(loss_type="dpo", dpo_loss_type=("sigmoid", "higne"), plugin=("some.py",))
+    (problem,) = map(str, check(config))
+    assert problem == "--dpo-loss-type, got higne: neither Miles nor a --plugin registers it; did you mean hinge?"

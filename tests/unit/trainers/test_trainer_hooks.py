@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from miles.algo import PolicyLossSpec, finish_metrics, policy_loss
+from miles.algo.metrics import merge_metrics
 from miles.config import make_config
 from miles.errors import HookError
 from miles.trainers import check
-from miles.trainers.hooks import with_custom_correction
+from miles.trainers.hooks import custom_loss, with_custom_correction
+from miles.types import LossInputs
 from tests.unit.algo.test_policy_loss import make_inputs
 
 MODULE = """
@@ -108,3 +110,25 @@ def test_found_at_launch(tmp_path: Path) -> None:
     assert problems("tis") == []
     assert "has no 'tiss'; did you mean tis?" in problems("tiss")[0]
     assert "it takes (args, pg_loss); it is called with (args, pg_loss=, train_log_probs=" in problems("positional")[0]
+
+
+def test_a_loss_of_ones_own_names_its_metrics_without_tokens(tmp_path: Path) -> None:
+    (tmp_path / "losses.py").write_text(
+        "def loss(args, tokens):\n    assert len(tokens.log_probs)\n"
+        "    return -tokens.log_probs, {'largest': tokens.log_probs.detach().max(), 'ref': tokens.ref_log_probs}\n"
+    )
+    loss = custom_loss(f"{tmp_path}/losses.py:loss", make_config())
+    none, some = (torch.full((n,), -0.5, requires_grad=True) for n in (0, 2))
+
+    def outputs_of(log_probs: torch.Tensor) -> Any:
+        zeros = torch.zeros(len(log_probs))
+        mask, row = torch.ones(len(log_probs), dtype=torch.bool), torch.zeros(len(log_probs), dtype=torch.long)
+        weight, num_rows = torch.full_like(zeros, 0.5), min(len(log_probs), 1)
+        return loss(LossInputs(log_probs, zeros, zeros, mask, weight, row, num_rows, ref_log_probs=zeros))
+
+    empty, whole = outputs_of(none), outputs_of(some)
+    assert set(empty.metrics) == set(whole.metrics) >= {"custom/largest", "custom/ref"}
+    assert (empty.loss.item(), whole.loss.item()) == (0, 0.5)
+    empty.loss.backward()
+    merged = finish_metrics(merge_metrics(empty.metrics, whole.metrics))
+    assert merged["custom/largest"] == -0.5
