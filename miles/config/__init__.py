@@ -7,7 +7,7 @@ from .algorithm_rules import check_names
 from .args_view import ArgsView, args_view
 from .budget import budget_table, trainer_world_size
 from .derive import derive_num_rollout
-from .engine_args import engine_flag, engine_server_args
+from .engine_args import engine_flag, engine_server_args, refused_by_miles
 from .eval_datasets import EvalDataset, eval_datasets
 from .groups import (
     CkptArgs,
@@ -80,6 +80,7 @@ __all__ = [
     "public_argv",
     "public_dict",
     "raise_if",
+    "refused_by_miles",
     "resolve",
     "suggestion",
     "trainer_world_size",

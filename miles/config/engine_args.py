@@ -164,5 +164,22 @@ def engine_args_not_in_effect(config: Config) -> Iterator[tuple[str, Any]]:
 def _check_against_sglang(args: Mapping[str, Any]) -> Iterator[Problem]:
     """What Miles sets itself. Whether SGLang knows the others, its own parser is asked by the engines room."""
     for name, value in args.items():
-        if (effect := EMBEDDED_ENGINE_ARGS.get(name, "")).startswith(_OURS):
-            yield Problem(engine_flag(name), value, effect, "leave it out")
+        if (why := refused_by_miles(name)) is not None:
+            yield Problem(engine_flag(name), value, why, "leave it out")
+
+
+def refused_by_miles(name: str) -> str | None:
+    """Why an argument of a SGLang server is not the user's to give; None where it is."""
+    if (effect := EMBEDDED_ENGINE_ARGS.get(name, "")).startswith(_OURS):
+        return effect
+    return _NOT_WITH_SGLANG.get(name)
+
+
+#: Of the arguments that SGLang knows and the embedded engine may not.
+_NOT_WITH_SGLANG: Mapping[str, str] = {
+    "config": "a file could set what Miles sets itself",
+    "dp_size": "weights reach one replica; --rollout-num-gpus makes more engines",
+    "load_format": "it would load other weights than those of --hf-checkpoint",
+    "pp_size": "engines of several GPUs are not built yet",
+    "trust_remote_code": EMBEDDED_ENGINE_ARGS["trust_remote_code"],
+}

@@ -175,7 +175,7 @@ class EngineClient:
 
     async def serve(self, version: WeightVersion) -> None:
         """One call where the engine knows of it, two with SGLang."""
-        body = {"new_version": version, "continue_generation": True}
+        body = {"new_version": version, "continue_generation": True, "abort_all_requests": False}
         reply = await self._control("/update_weight_version", body)
         if not reply.get("serving"):
             await self.resume()

@@ -78,7 +78,7 @@ def _check_embedded(config: Config) -> Iterator[Problem]:
 
 def _check_sglang(config: Config) -> Iterator[Problem]:
     """Of the engine arguments: SGLang's own parser is asked."""
-    from miles.config import Problem, engine_flag, suggestion
+    from miles.config import Problem, engine_flag, refused_by_miles, suggestion
 
     from .launch import flags
     from .sglang import ask
@@ -117,6 +117,11 @@ def _check_sglang(config: Config) -> Iterator[Problem]:
             f"sglang {verdict.version} has no such argument",
             suggestion(engine_flag(name), known, otherwise="see `python -m sglang.launch_server --help`"),
         )
+    for name, value in args.items():
+        # Under another name: the names themselves were looked at with all flags.
+        other = verdict.options.get("--" + name.replace("_", "-"), name)
+        if other != name and (why := refused_by_miles(other)) is not None:
+            yield Problem(engine_flag(name), value, f"it is SGLang's {other}: {why}", "leave it out")
     if verdict.error is not None:
         yield Problem(
             "--sglang-*", " ".join(flags(args)), f"sglang {verdict.version} says: {verdict.error}", "mend that value"

@@ -1,32 +1,33 @@
 """Weights to SGLang servers on the same host, in the one form that their `/update_weights_from_tensor` takes.
 
-    tensors --copy--> shared memory --pickle of its place and the tensors' shapes--> every tensor-parallel rank of every engine
+    tensors --copy--> memory file --pickle of its path and the tensors' places--> every tensor-parallel rank of every engine
 
-The pickle is SGLang's, not ours: it carries handles and no data, goes to a loopback address with the engine's admin key, and we
-never read one. The memory is named, kept by torch's `file_system` strategy: with the default one, which passes file
-descriptors, a server on a CPU dies. torch's manager process removes it when this process ends, however it ends.
+The pickle is SGLang's form, not ours: it carries no data, goes to a loopback address with the engine's admin key, and we never
+read one. It says how to map the memory file, as torch's own sharing does, but by a path that anyone may open any number of
+times: torch counts the readers of what it shares, so that a request sent twice, or never read, would lose or leak the memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
-import threading
+import io
+import pickle
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
-import torch.multiprocessing  # registers how tensors are pickled
-import xxhash
+from torch._utils import _rebuild_tensor_v2
+from torch.multiprocessing.reductions import rebuild_typed_storage
 
 from miles.errors import EngineError, WeightUpdateError
 from miles.interfaces import BucketReceipt, Engine
 
-from .buckets import BucketLayout, NamedTensor, layout
+from .buckets import BucketLayout, NamedTensor
+from .shm import HEADER_BYTES, Filled, Segment
 
 
 class TorchSharingTransport:
@@ -40,7 +41,7 @@ class TorchSharingTransport:
     def __init__(self, *, ranks_per_engine: int = 1) -> None:
         """`ranks_per_engine`: tensor-parallel size of every engine; each rank is given the whole tensors and takes its part."""
         self._ranks = ranks_per_engine
-        self._free = [_Shared() for _ in range(self.depth)]
+        self._free = [Segment(anonymous=True) for _ in range(self.depth)]
         self._order = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "fill-weights")
 
@@ -54,100 +55,90 @@ class TorchSharingTransport:
         self, tensors: Sequence[NamedTensor], engines: Sequence[Engine], ready: Awaitable[object] | None = None
     ) -> BucketReceipt:
         """See `WeightTransport.send`."""
-        shared = self._free.pop()
+        segment = self._free.pop()
         loop = asyncio.get_running_loop()
         try:
-            filled = await loop.run_in_executor(self._thread, shared.fill, tensors)
+            bucket, filled = await loop.run_in_executor(self._thread, _fill, segment, tensors)
             del tensors
+            # What was cached of the old weights is of no use to the new ones.
+            payload = {
+                "serialized_named_tensors": [_pickled(segment, bucket)] * self._ranks,
+                "load_format": None,
+                "flush_cache": True,
+            }
             if ready is not None:
                 await ready
             async with self._order:  # first come, first served: engines load the buckets in the order of the calls
                 started = time.perf_counter()
                 outcomes = await asyncio.gather(
-                    *(self._load(engine, shared, filled.bucket) for engine in engines), return_exceptions=True
+                    *(engine.update_weights(payload) for engine in engines), return_exceptions=True
                 )
                 load_s = time.perf_counter() - started
         finally:
-            self._free.append(shared)
+            self._free.append(segment)
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for failure in failures:
             if not isinstance(failure, EngineError):
                 raise failure
         if failures:
             raise WeightUpdateError("; and ".join(str(failure) for failure in failures)) from failures[0]
-        return BucketReceipt(filled.checksums, filled.bucket.nbytes, wire_s=filled.seconds, load_s=load_s)
-
-    async def _load(self, engine: Engine, shared: _Shared, bucket: BucketLayout) -> None:
-        # A pickle of its own for every reader: each reading gives one reference to the memory back.
-        pickles = [shared.pickled(bucket) for _ in range(self._ranks)]
-        # What was cached of the old weights is of no use to the new ones.
-        await engine.update_weights({"serialized_named_tensors": pickles, "load_format": None, "flush_cache": True})
+        return BucketReceipt(filled.checksums, bucket.payload_nbytes, wire_s=filled.seconds, load_s=load_s)
 
     def close(self) -> None:
         self._thread.shutdown()
-        for shared in self._free:
-            shared.close()
+        for segment in self._free:
+            segment.close()
 
 
-@dataclass(frozen=True)
-class _Filled:
-    bucket: BucketLayout
-    checksums: dict[str, str]
-    seconds: float
+def _fill(segment: Segment, tensors: Sequence[NamedTensor]) -> tuple[BucketLayout, Filled]:
+    bucket = segment.reserve(tensors)
+    return bucket, segment.fill(tensors, bucket)
 
 
-class _Shared:
-    """Memory that other processes open by name. Grows by being replaced; empty until first filled."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def fill(self, tensors: Sequence[NamedTensor]) -> _Filled:
-        """Copies the tensors in, from whatever device."""
-        started = time.perf_counter()
-        bucket = layout(tensors)
-        if bucket.nbytes > len(self._bytes):
-            self.close()
-            try:
-                with _by_name():
-                    self._bytes = torch.empty(bucket.nbytes, dtype=torch.uint8).share_memory_()
-            except RuntimeError as error:
-                raise WeightUpdateError(
-                    f"shared memory for a weight bucket, got no {bucket.nbytes} bytes ({error}): /dev/shm is too small; "
-                    f"lower --update-weight-buffer-size or enlarge it"
-                ) from error
-        checksums = {}
-        for (name, copy), (_, tensor) in zip(self._views(bucket), tensors, strict=True):
-            copy.copy_(tensor.detach())
-            flat = copy.flatten().view(torch.uint8).numpy()
-            checksums[name] = xxhash.xxh3_64_hexdigest(flat.data if flat.size else b"")
-        return _Filled(bucket, checksums, time.perf_counter() - started)
-
-    def pickled(self, bucket: BucketLayout) -> str:
-        """[(name, tensor), ...] in the form of SGLang's MultiprocessingSerializer, base64. To be read once."""
-        with _by_name():
-            return base64.b64encode(bytes(ForkingPickler.dumps(self._views(bucket)))).decode()
-
-    def _views(self, bucket: BucketLayout) -> list[NamedTensor]:
-        return [
-            (slot.name, self._bytes[slot.offset : slot.offset + slot.nbytes].view(slot.dtype).view(slot.shape))
-            for slot in bucket.slots
-        ]
-
-    def close(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+def _pickled(segment: Segment, bucket: BucketLayout) -> str:
+    """[(name, tensor), ...] as SGLang's MultiprocessingSerializer writes it, base64."""
+    memory = _Memory(segment.path, HEADER_BYTES + bucket.nbytes)
+    tensors = [
+        (
+            slot.name,
+            _Tensor(memory, slot.dtype, (HEADER_BYTES + slot.offset) // slot.dtype.itemsize, slot.shape),
+        )
+        for slot in bucket.slots
+    ]
+    out = io.BytesIO()
+    pickle.Pickler(out, protocol=4).dump(tensors)
+    return base64.b64encode(out.getvalue()).decode()
 
 
-@contextlib.contextmanager
-def _by_name() -> Iterator[None]:
-    """torch shares memory by file name meanwhile. The setting is the process's, so one thread at a time changes it."""
-    with _strategy:
-        before = torch.multiprocessing.get_sharing_strategy()
-        torch.multiprocessing.set_sharing_strategy("file_system")
-        try:
-            yield
-        finally:
-            torch.multiprocessing.set_sharing_strategy(before)
+class _Memory:
+    """Pickles as the mapping of a file, which a pickle has once."""
+
+    def __init__(self, path: str, nbytes: int):
+        self._call = torch.UntypedStorage.from_file, (path, True, nbytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._call
 
 
-_strategy = threading.Lock()
+class _Typed:
+    """Pickles as the same memory, of a dtype."""
+
+    def __init__(self, memory: _Memory, dtype: torch.dtype):
+        self._call = rebuild_typed_storage, (memory, dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._call
+
+
+class _Tensor:
+    """Pickles as a contiguous tensor that begins `offset` elements after the memory's beginning."""
+
+    def __init__(self, memory: _Memory, dtype: torch.dtype, offset: int, shape: tuple[int, ...]):
+        strides = torch.empty(shape, device="meta").stride()
+        self._call: tuple[Any, ...] = (
+            _rebuild_tensor_v2,
+            (_Typed(memory, dtype), offset, shape, strides, False, OrderedDict()),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._call

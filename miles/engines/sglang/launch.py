@@ -10,12 +10,12 @@ import http.client
 import logging
 import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from miles.engines.launch import EngineProcess, flags, start_server
 from miles.errors import EngineError
-from miles.observe import tail
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _ANSWER_LIMIT_S = 3.0
 
 #: SGLang picks ports for its own processes and binds them later: somebody may have taken one meanwhile.
 _TRIES = 3
-_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_PORT_TAKEN = re.compile(rb"EADDRINUSE|address already in use", re.IGNORECASE)
 
 #: What SGLang needs to run without a GPU. The cache holds tokens enough for a small model's rollout and little memory.
 CPU_ARGUMENTS: Mapping[str, object] = {
@@ -70,7 +70,9 @@ async def launch_sglang(
     arguments |= server_args or {}
     script = Path(__file__).with_name("serve.py")
     command = [python or sys.executable, str(script), *flags(arguments)]
+    until = time.monotonic() + start_timeout_s
     for attempt in range(1, _TRIES + 1):
+        begin = log_path.stat().st_size if log_path.exists() else 0
         try:
             return await start_server(
                 name,
@@ -79,13 +81,20 @@ async def launch_sglang(
                 log_path=log_path,
                 env={**environment, **(env or {})},
                 ready=_ready,
-                start_timeout_s=start_timeout_s,
+                start_timeout_s=until - time.monotonic(),
             )
         except EngineError:
-            if attempt == _TRIES or not _PORT_TAKEN.search(tail(log_path, 200)):
+            if attempt == _TRIES or time.monotonic() >= until or not _port_was_taken(log_path, begin):
                 raise
             logger.warning("engine %s found one of its ports taken; started again", name)
     raise AssertionError("unreachable")
+
+
+def _port_was_taken(log_path: Path, begin: int) -> bool:
+    """What the server said since `begin` is why it ended."""
+    with open(log_path, "rb") as log:
+        log.seek(begin)
+        return _PORT_TAKEN.search(log.read()) is not None
 
 
 def _ready(output: bytes) -> str | None:

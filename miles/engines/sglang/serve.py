@@ -31,8 +31,10 @@ def main(argv: list[str]) -> None:
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
-    own = ["--host", _HOST, "--port", str(port), "--api-key", token, "--admin-api-key", token]
-    run_server(prepare_server_args([*argv, *own]))
+    arguments = prepare_server_args([*argv, "--host", _HOST, "--port", str(port)])
+    # Not as arguments: SGLang keeps, and tells, the command line that it was given.
+    arguments.api_key = arguments.admin_api_key = token
+    run_server(arguments)
 
 
 def _take_port(argv: list[str]) -> tuple[int, list[str]]:
@@ -57,7 +59,10 @@ def _keep_out_of_logs(token: str) -> None:
 
     def without_token(*args: object, **kwargs: object) -> logging.LogRecord:
         record = make(*args, **kwargs)
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except Exception:  # a message that does not fit its arguments: for the handler to complain about
+            return record
         if token in text:
             record.msg, record.args = text.replace(token, "<token>"), None
         return record

@@ -9,6 +9,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: Run by the interpreter that has sglang; the arguments are its own. The last line that it prints is the answer.
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 parser = Parser(allow_abbrev=False, add_help=False)
 ServerArgs.add_cli_args(parser)
-options = [option for action in parser._actions for option in action.option_strings]
+options = {option: action.dest for action in parser._actions for option in action.option_strings}
 unknown, error = [], None
 try:
     unknown = [word for word in parser.parse_known_args(["--model-path", ".", *sys.argv[1:]])[1] if word.startswith("--")]
@@ -41,8 +42,8 @@ class Verdict:
     """Of one installed SGLang on one command line."""
 
     version: str
-    options: tuple[str, ...]
-    """Every flag that it knows, with dashes."""
+    options: Mapping[str, str]
+    """Every flag that it knows, with dashes -> the argument that it sets, which several may have in common."""
     unknown: tuple[str, ...]
     """The flags of the command line that it does not know."""
     error: str | None
@@ -76,4 +77,4 @@ def _ask(arguments: tuple[str, ...], python: str) -> Verdict | None:
     answer = json.loads(asked.stdout.splitlines()[-1])
     if answer is None:
         return None
-    return Verdict(answer["version"], tuple(answer["options"]), tuple(answer["unknown"]), answer["error"])
+    return Verdict(answer["version"], answer["options"], tuple(answer["unknown"]), answer["error"])

@@ -35,6 +35,8 @@ def test_the_installed_version_judges_the_engines_flags():
     [typo] = problems(mem_fraction_statik=0.5)
     assert typo.startswith("--sglang-mem-fraction-statik, got 0.5: sglang 0.5.")
     assert "--sglang-mem-fraction-static" in typo
+    [alias] = problems(tensor_parallel_size=2)
+    assert alias.startswith("--sglang-tensor-parallel-size, got 2: it is SGLang's tp_size: Miles sets it itself")
     [value] = problems(max_running_requests="many")
     assert "max-running-requests" in value
     assert "invalid int value: 'many'" in value

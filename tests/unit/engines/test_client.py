@@ -58,7 +58,11 @@ async def test_control_calls_speak_the_protocol():
             ("POST", "/pause_generation", {"mode": "abort"}),
             ("POST", "/update_weights_from_tensor", {"load_format": "miles_shm"}),
             ("POST", "/weights_checker", {"action": "checksum"}),
-            ("POST", "/update_weight_version", {"new_version": "5", "continue_generation": True}),
+            (
+                "POST",
+                "/update_weight_version",
+                {"new_version": "5", "continue_generation": True, "abort_all_requests": False},
+            ),
             ("POST", "/continue_generation", {}),
             ("GET", "/model_info", None),
             ("POST", "/continue_generation", {}),
