@@ -340,6 +340,8 @@ class RolloutManager:
 
     def take_out_engine(self, name: str, why: str) -> None:
         """Waits for nothing: the manager finds out by itself as well, only later."""
+        # The one in its place may have the same address, and is to be told of all the same.
+        self._engines = []
         self.process.handle.take_out_engine.remote(name, why)
 
     def generate(self, rollout_id: int) -> Generated:

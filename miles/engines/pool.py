@@ -182,11 +182,13 @@ class EnginePool:
     async def replace(self, client: EngineClient) -> int:
         """The engine of the client's name is another process now, which holds the expected weights and serves.
 
-        Returns how many samples its predecessor was working on when it died. The same URL changes nothing.
+        Returns how many samples its predecessor was working on when it died. The URL of an engine that was not taken out
+        changes nothing.
         """
         seat = self._seat(client.name)
         former = seat.client
-        if former.url == client.url:
+        taken_out = seat.down is not None and seat.probe is None
+        if former.url == client.url and not taken_out:
             await client.close()
             return 0
         self._stop_probe(seat)

@@ -26,6 +26,7 @@ import contextlib
 import logging
 import mmap
 import os
+import re
 import secrets
 import shutil
 import time
@@ -57,6 +58,9 @@ CHUNK_BYTES = 1024 * 1024
 #: A segment begins with two little-endian int64: how many of its bytes are ready, and the number of the filling. The tensors
 #: follow.
 HEADER_BYTES = ALIGNMENT_BYTES
+
+#: Of host and control group, the part of memory that segments which engines keep leave free.
+_RESERVED_PART = 10
 
 #: In place of the number of bytes: the sender could not fill the segment and will not.
 GIVEN_UP = -1
@@ -180,12 +184,20 @@ class SharedMemoryTransport:
 
 
 def available_bytes(*, anonymous: bool) -> int:
-    """Memory that shared memory may still take: of the host, of this process's control group, of /dev/shm."""
-    found = [psutil.virtual_memory().available]
+    """Memory that shared memory may still take: of the host, of this process's control group, of /dev/shm.
+
+    A tenth of host and group is left to what else grows, such as the activations of the next step.
+    """
+    memory = psutil.virtual_memory()
+    found = [memory.available - memory.total // _RESERVED_PART]
     group = Path("/sys/fs/cgroup")
     # Without a limit the file is missing or says "max".
     with contextlib.suppress(OSError, ValueError):
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limit = int((group / "memory.max").read_text())
+        # Pages of files that the kernel gives back when memory is asked for count as used.
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
+        found.append(limit - limit // _RESERVED_PART - used)
     if not anonymous:
         found.append(shutil.disk_usage("/dev/shm").free)
     return max(0, min(found))

@@ -148,6 +148,18 @@ async def test_a_dead_engines_requests_wait_for_its_replacement_and_are_sent_as_
         assert await pool.replace(EngineClient("engine-0", fresh.url, TOKEN)) == 0
 
 
+async def test_a_replacement_may_have_the_address_of_the_engine_that_was_taken_out():
+    server = ScriptedServer(default=reply(200, {"text": "new"}))
+    async with pool_of(server) as pool:
+        pool.take_out("engine-0", "signal SIGKILL")
+        work = asyncio.create_task(pool.generate(samples(2)))
+        await asyncio.sleep(0.05)
+        assert not work.done()
+        await pool.replace(EngineClient("engine-0", server.url, TOKEN))
+        async with asyncio.timeout(10):
+            assert await work == {"text": "new"}
+
+
 async def test_what_hangs_on_an_engine_that_is_replaced_is_sent_to_its_replacement():
     async with pool_of(ScriptedServer(default=stall(30))) as pool, ScriptedServer() as fresh:
         work = asyncio.create_task(pool.generate(samples(1)))
