@@ -66,7 +66,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"label_key": "lable"}, ["lable", "train.jsonl"]),
     ({"prompt_data": "/nowhere.jsonl"}, ["/nowhere.jsonl"]),
     ({"custom_rm_path": "examples.nowhere.f"}, ["--custom-rm-path", "examples.nowhere"]),
-    ({"use_opd": True}, ["--use-opd", "not built yet"]),
+    ({"use_routing_replay": True}, ["--use-routing-replay", "not built yet"]),
     ({"hf_checkpoint": "/nowhere"}, ["/nowhere"]),
     ({"rollout_engine": "sglang"}, ["sglang"]),
 ]
