@@ -21,7 +21,7 @@ import psutil
 
 from miles.rollout.rewards.registry import register_reward
 
-ROLLOUT, GROUPS = 1, 4
+ROLLOUT, GROUPS, STEPS_PER_ROLLOUT = 1, 4, 2
 VICTIM, PHASE = os.environ.get("KILL", ":").split(":")
 DIRECTORY = Path(os.environ["KILL_DIR"])
 TITLES = {
@@ -80,17 +80,17 @@ def in_generation() -> None:
 
 
 def in_training() -> None:
-    from miles.trainers.megatron import MegatronTrainer
+    from miles.trainers.megatron.learner import Learner
 
     def make(original):
-        def step(self, batch, number, *rest):
-            if (batch.rollout_id, number, self.parallel.rank) == (ROLLOUT, 1, 0):
+        def step(self, *args):
+            if (self.steps, self._parallel.rank) == (STEPS_PER_ROLLOUT * ROLLOUT + 1, 0):
                 kill("between two optimizer steps")
-            return original(self, batch, number, *rest)
+            return original(self, *args)
 
         return step
 
-    wrap(MegatronTrainer, "_optimizer_step", make)
+    wrap(Learner, "step", make)
 
 
 def in_weight_sync() -> None:
