@@ -201,6 +201,14 @@ class Trainer(Protocol):
         """
         ...
 
+    def reference_log_probs(self, batch: TrainBatch) -> np.ndarray:
+        """The reference's log-probs of the response tokens, in the batch's order; float32."""
+        ...
+
+    def drop_reference(self) -> None:
+        """Frees the reference's weights: batches bring its log-probs from now on."""
+        ...
+
     def evaluate(self, batch: TrainBatch) -> dict[str, float]:
         """The loss of a batch, its metrics and `token_accuracy`, without a gradient; equal on all ranks."""
         ...

@@ -31,6 +31,7 @@ from .resume import Resume, run_before, tidy
 
 if TYPE_CHECKING:
     from .preflight import Prepared
+    from .trainer_group import TrainerGroup
 
 
 class App:
@@ -158,6 +159,8 @@ class App:
             self.trainers.start(self._total_optimizer_steps(), self.run_dir.path, resume.checkpoint, resume.start)
         dp_size = self.trainers.world_size if self.trainers else 1
         self.rollout_manager.start(self._engines.addresses, dp_size, resume.data_state)
+        if config.preference.precompute_ref_log_probs and self.trainers:
+            self._score_with_reference(self.trainers)
         self._evaluate = self._choose_evaluation()
         first_step = self.start + 1 if self.start else 0
         if config.debug.load_debug_rollout_data is None:  # a replay may read them
@@ -266,6 +269,15 @@ class App:
             return  # a continued run evaluated this step before it stopped
         with self._phase("evaluate", step):
             self.tracker.add(self._evaluate(step, due))
+
+    def _score_with_reference(self, trainers: TrainerGroup) -> None:
+        """Reference log-probs of all rows, of which those of an earlier run are there; then the reference is let go."""
+        shards = self.rollout_manager.unscored_shards()
+        for number, chunk in enumerate(shards):
+            self.display.phase(0, self.num_rollout, f"scoring with the reference, {number + 1} of {len(shards)}")
+            self.rollout_manager.keep_reference(number, trainers.reference_log_probs(chunk))
+        trainers.drop_reference()
+        self.rollout_manager.have_reference()
 
     def _choose_evaluation(self) -> Callable[[int, Sequence[EvalDataset]], dict[str, float]] | None:
         """By the engines, which answer prompts; by the trainers, where the answers are there; None in half a run."""

@@ -11,21 +11,25 @@ complete, however far it was read since.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from miles.config import Config, args_view, import_plugins, job_of
 from miles.data import (
     PromptData,
+    ReferenceCache,
     RolloutDataSource,
     build_batches,
     load_rollout_samples,
     load_tokenizer,
+    reference_cache,
     save_rollout_samples,
 )
 from miles.engines.client import EngineClient, Timeouts
@@ -34,7 +38,7 @@ from miles.errors import CheckpointError
 from miles.observe import RunDir, open_process_log
 from miles.observe.report.trace import MAX_TOKENS, TokenTexts, TracedSample, TraceFiles, choose_samples
 from miles.rollout import DatasetRollout, LogHooks, Rollout, channels_of, load_eval_rows
-from miles.types import RolloutOutput, Sample, WeightVersion
+from miles.types import RolloutOutput, Sample, SampleGroup, TrainBatch, WeightVersion
 
 from .actors import Beat, actor, all_stacks, control, sign_of_life
 from .engine_group import EngineAddress
@@ -44,6 +48,9 @@ from .waits import Look, Process, wait_for
 #: Every so many rollouts all rows are scored by the trainer, also those whose gradient is zero, so that the metrics'
 #: population is the whole batch.
 SCORE_ALL_INTERVAL = 10
+
+#: Groups that are scored by the reference in one call.
+UNSCORED_GROUPS = 256
 
 #: States of the source that are kept for a checkpoint yet to come; a driver runs at most a step or two ahead.
 STATES_KEPT = 4
@@ -99,6 +106,9 @@ class RolloutManagerActor:
             if prompts is not None
             else None
         )
+        self._prompts = prompts
+        self._cache: ReferenceCache | None = None
+        self._unscored: list[list[TrainBatch]] = []
         if prompts is not None and job_of(config).rows != "prompts":
             self._channels = channels_of(prompts)
 
@@ -111,7 +121,9 @@ class RolloutManagerActor:
             if job_of(self.config).rows != "prompts":
                 assert self.config.rollout.rollout_batch_size is not None
                 self._dataset = DatasetRollout(self.source, num_groups=self.config.rollout.rollout_batch_size)
-                self._eval_shards = self._evaluation_batches()
+                self._cache = reference_cache(self.config, self.run_dir.path)
+                if self._cache is None:
+                    self._eval_shards = self._evaluation_batches()
                 return
             cluster = self.config.cluster
             self._pool = EnginePool(
@@ -194,7 +206,7 @@ class RolloutManagerActor:
             await self.write_samples(rollout_id)  # as they are, whatever the hook does to them
             samples = [sample for group in output.groups for sample in group]
             metrics = await self._log_hooks.rollout(rollout_id, samples, metrics, generated - started)
-        return *built.batches, metrics
+        return *self._with_reference(built.batches), metrics
 
     async def _make(self, rollout_id: int) -> RolloutOutput:
         if template := self.config.debug.load_debug_rollout_data:
@@ -203,19 +215,44 @@ class RolloutManagerActor:
         assert makes is not None, "start() first"
         return await makes.generate(rollout_id)
 
+    async def unscored_shards(self) -> list[tuple[ray.ObjectRef, ...]]:
+        """Rows of all data sets whose reference log-probs are not there yet, `UNSCORED_GROUPS` at a time, as in `train`."""
+        assert self._cache is not None, "--precompute-ref-log-probs"
+        assert self._prompts is not None
+        groups = [groups for _, groups in load_eval_rows(self.config, self.tokenizer)]
+        own = RolloutDataSource(self._prompts, n_samples_per_prompt=1, shuffle=False, seed=0)
+        everything = [*own.get_samples(len(self._prompts.prompts)), *itertools.chain(*groups)]
+        self._unscored = []
+        for start in range(0, len(everything), UNSCORED_GROUPS):
+            batches = self._build(everything[start : start + UNSCORED_GROUPS])
+            if any(map(self._cache.is_missing, batches)):
+                self._unscored.append(batches)
+        return [tuple(map(ray.put, batches)) for batches in self._unscored]
+
+    async def keep_reference(self, number: int, log_probs: Sequence[np.ndarray]) -> None:
+        """Those of `unscored_shards()[number]`, rank by rank."""
+        assert self._cache is not None
+        self._cache.keep(self._unscored[number], log_probs)
+
+    async def have_reference(self) -> None:
+        """All rows are scored: evaluations can be made ready."""
+        self._unscored = []
+        self._eval_shards = self._evaluation_batches()
+
+    def _build(self, groups: list[SampleGroup]) -> list[TrainBatch]:
+        """Finished groups as one optimizer step, one batch for each data-parallel rank."""
+        return build_batches(
+            groups, config=self.config, rollout_id=0, dp_size=self.dp_size, as_one_step=True, channels=self._channels
+        ).batches
+
+    def _with_reference(self, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
+        return list(batches) if self._cache is None else list(map(self._cache.attach, batches))
+
     def _evaluation_batches(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
         """Rows of each evaluation data set, one shard for each data-parallel rank: they are the same at every step."""
         found = {}
         for dataset, groups in load_eval_rows(self.config, self.tokenizer, self._channels):
-            built = build_batches(
-                groups,
-                config=self.config,
-                rollout_id=0,
-                dp_size=self.dp_size,
-                as_one_step=True,
-                channels=self._channels,
-            )
-            found[dataset.name] = tuple(ray.put(batch) for batch in built.batches)
+            found[dataset.name] = tuple(map(ray.put, self._with_reference(self._build(groups))))
         return found
 
     async def evaluation_shards(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
@@ -362,6 +399,15 @@ class RolloutManager:
     def evaluate(self, rollout_id: int) -> dict[str, float]:
         call = self.process.handle.evaluate.remote(rollout_id, self._version)
         return self._wait(call, f"evaluation {rollout_id}", watch=True)
+
+    def unscored_shards(self) -> list[tuple[ray.ObjectRef, ...]]:
+        return self._wait(self.process.handle.unscored_shards.remote(), "the rows to score with the reference")
+
+    def keep_reference(self, number: int, log_probs: Sequence[np.ndarray]) -> None:
+        self._wait(self.process.handle.keep_reference.remote(number, log_probs), "reference log-probs to be kept")
+
+    def have_reference(self) -> None:
+        self._wait(self.process.handle.have_reference.remote(), "the evaluations to be made ready")
 
     def evaluation_shards(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
         return self._wait(self.process.handle.evaluation_shards.remote(), "the rows of the evaluations")

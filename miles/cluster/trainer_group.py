@@ -91,6 +91,12 @@ class TrainerActor:
     def evaluate(self, batch: TrainBatch) -> dict[str, float]:
         return self.trainer.evaluate(batch)
 
+    def reference_log_probs(self, batch: TrainBatch) -> np.ndarray:
+        return self.trainer.reference_log_probs(batch)
+
+    def drop_reference(self) -> None:
+        self.trainer.drop_reference()
+
     def publish(self, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats | None:
         """Every rank gathers its part of each tensor; the main rank sends. Returns the main rank's figures."""
         weights = self.trainer.named_weights()
@@ -222,6 +228,14 @@ class TrainerGroup:
             ranks[0].metrics,
             {position: values for rank in ranks for position, values in rank.log_probs.items()},
         )
+
+    def reference_log_probs(self, shards: Sequence[ray.ObjectRef]) -> list[np.ndarray]:
+        """Of each rank's rows; `shards` as in `train`."""
+        return self._all("reference log-probs", lambda h, rank: h.reference_log_probs.remote(shards[rank]))
+
+    def drop_reference(self) -> None:
+        """Batches bring the reference's log-probs from now on."""
+        self._all("the reference to be dropped", lambda h, _: h.drop_reference.remote())
 
     def evaluate(self, name: str, shards: Sequence[ray.ObjectRef]) -> dict[str, float]:
         """Loss and metrics of one evaluation data set, without a gradient; `shards` as in `train`."""

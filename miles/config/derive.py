@@ -212,6 +212,7 @@ PATH_FLAGS = (
         "critic_load",
         "critic_save",
         "rm_model",
+        "ref_log_probs_dir",
         "prompt_data",
         "eval_config",
         "run_dir",

@@ -390,6 +390,10 @@ class PreferenceArgs:
     """kto: weight of answers judged bad."""
     center_rewards_coefficient: float = 0.0
     """rm: weight of the squared sum of a pair's scores, which keeps scores around 0; 0.01 is usual."""
+    precompute_ref_log_probs: bool = False
+    """Log-probs of the reference for all rows before the first step, instead of at each; the reference is then not kept in memory."""
+    ref_log_probs_dir: str | None = None
+    """Directory that keeps them, also for other runs with the same reference; defaults to ref_log_probs in the run directory."""
     online_preferences: bool = False
     """Answers of the engines instead of those of a data set: the best and the worst of a prompt's samples by reward are a pair; kto: an answer is good where its reward is above 0."""
 

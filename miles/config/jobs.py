@@ -107,6 +107,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rpo_alpha", "ld_alpha", "discopop_tau"), ("dpo",)),
     **dict.fromkeys(("beta", "online_preferences"), ("dpo", "kto", "orpo", "simpo", "cpo")),
     "label_smoothing": ("dpo", "simpo", "cpo"),
+    **dict.fromkeys(("precompute_ref_log_probs", "ref_log_probs_dir"), ("dpo",)),
     "reference_free": ("dpo", "kto"),
     "average_log_prob": ("dpo", "kto", "cpo"),
     "simpo_gamma": ("simpo",),

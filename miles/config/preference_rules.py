@@ -120,6 +120,16 @@ def online_pairs_need_several_answers(facts: Facts) -> Iterator[Problem]:
         yield Problem("--num-steps-per-rollout", steps, why, f"give a divisor of {groups}")
 
 
+def precomputed_log_probs_have_a_reference(facts: Facts) -> Iterator[Problem]:
+    flags = facts.config.preference
+    why, fix = "answers of the engines are not known at launch", "leave it out, or --online-preferences"
+    yield from needs(facts, ("precompute_ref_log_probs",), unless=not flags.online_preferences, why=why, fix=fix)
+    why = "with --reference-free there is nothing to compute"
+    yield from needs(facts, ("precompute_ref_log_probs",), unless=not flags.reference_free, why=why, fix="leave it out")
+    why, fix = "nothing is computed without --precompute-ref-log-probs", "add it, or leave this out"
+    yield from needs(facts, ("ref_log_probs_dir",), unless=flags.precompute_ref_log_probs, why=why, fix=fix)
+
+
 def pairs_name_their_columns(facts: Facts) -> Iterator[Problem]:
     is_pairs = job_of(facts.config).rows == "pairs"
     why = f"--loss-type {facts.config.grpo.loss_type} reads the columns chosen and rejected"
@@ -141,4 +151,5 @@ PREFERENCE_RULES: tuple[Rule, ...] = (
     pairs_count_as_wholes,
     pairs_name_their_columns,
     online_pairs_need_several_answers,
+    precomputed_log_probs_have_a_reference,
 )

@@ -11,6 +11,7 @@ from .plan import Plan, plan_batch
 from .preference_batch import build_batches, build_preference_batches
 from .preferences import load_judged, load_pairs
 from .prompts import Prompt, PromptData, load_prompts
+from .reference_cache import ReferenceCache, reference_cache
 from .row import TrainRow, check_sample
 from .source import RolloutDataSource
 from .tokenizer import load_tokenizer
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "Prompt",
     "PromptData",
+    "ReferenceCache",
     "RolloutDataSource",
     "TrainBatches",
     "TrainRow",
@@ -35,5 +37,6 @@ __all__ = [
     "load_rollout_samples",
     "load_tokenizer",
     "plan_batch",
+    "reference_cache",
     "save_rollout_samples",
 ]

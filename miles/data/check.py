@@ -9,6 +9,7 @@ from miles.config import Config, Problem, check_names, eval_datasets
 from miles.errors import DataError
 
 from .files import PROMPT_FILE_KINDS, split_slice
+from .reference_cache import model_of, stale_cache
 
 
 def check(config: Config) -> list[Problem]:
@@ -20,6 +21,9 @@ def check(config: Config) -> list[Problem]:
             problems += _check_prompts("--prompt-data", config.rollout.prompt_data)
         for dataset in eval_datasets(config):
             problems += _check_prompts(f"evaluation {dataset.name}", dataset.path)
+    directory = config.preference.ref_log_probs_dir
+    if directory is not None and (stale := stale_cache(Path(directory), model_of(config))) is not None:
+        problems.append(stale)
     replay = config.debug.load_debug_rollout_data
     # A template is looked up at each rollout, from 0 or where --load goes on; a plain path is the same file for all.
     if replay is not None:

@@ -298,6 +298,8 @@ class MegatronTrainer:
 
     def _reference_log_probs(self, batch: TrainBatch, steps: Sequence[Sequence[MicroBatch]]) -> Tensor | None:
         """[response tokens of the batch]; None where the loss has no reference."""
+        if "ref_log_probs" in batch.ragged:
+            return torch.from_numpy(batch.ragged["ref_log_probs"]).to(self.parallel.device)
         if self._reference is None:
             return None
         num_tokens = len(batch.ragged["tokens"]) and int(batch.rows["response_lengths"].sum())
@@ -349,6 +351,18 @@ class MegatronTrainer:
             f"{whose}optimizer step {number} of rollout {batch.rollout_id}, got loss {loss} and gradient norm {norm}: the weights "
             f"were not touched and the batch is in {path}; look for extreme log-probs or rewards there"
         )
+
+    def reference_log_probs(self, batch: TrainBatch) -> np.ndarray:
+        """The reference's log-probs of the response tokens, in the batch's order; float32."""
+        steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts)
+        found = self._reference_log_probs(batch, steps)
+        assert found is not None, "checked at launch: the loss has a reference"
+        self._timers.take()
+        return found.float().cpu().numpy()
+
+    def drop_reference(self) -> None:
+        """Frees the reference: from now on every batch brings its log-probs."""
+        self._reference = None
 
     def log_probs(self, batch: TrainBatch) -> list[np.ndarray]:
         """The actor's log-probs of each row's response tokens, at the row's temperature."""

@@ -84,3 +84,21 @@ def test_online_pairs_are_the_best_and_the_worst_of_a_prompt(task: Path, tmp_pat
     assert run.series("train/loss")[0] == pytest.approx(0.6931, abs=1e-3), "the policy is the reference"
     assert run.series("train/grad_norm")[0] > 0
     assert {"rollout/raw_reward", "train/reward_accuracy"} <= {key for line in run.metrics for key in line}
+
+
+@pytest.mark.timeout(300)
+def test_precomputed_reference_log_probs_change_nothing(task: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()[:12]]
+    pairs = [{"prompt": row["prompt"], "chosen": row["label"], "rejected": "1" + row["label"]} for row in rows]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    shared = {"loss_type": "dpo", "prompt_data": data, "num_rollout": 2, "rollout_batch_size": 8, "eval_interval": 2}
+    argv = flags(task, **LEFT_OUT, **shared, eval_prompt_data=["held", f"{data}@[:4]"])
+    each_step = train(argv, tmp_path / "each").check()
+    kept = tmp_path / "kept"
+    before = train([*argv, "--precompute-ref-log-probs", "--ref-log-probs-dir", str(kept)], tmp_path / "before").check()
+    assert list(kept.glob("part-*.npz"))
+    assert each_step.series("perf/ref_log_probs_time")
+    assert not before.series("perf/ref_log_probs_time")
+    for key in ("train/loss", "train/reward_margin", "train/grad_norm", "eval/held/loss", "eval/held/reward_margin"):
+        assert before.series(key) == pytest.approx(each_step.series(key), rel=1e-5, abs=1e-7), key

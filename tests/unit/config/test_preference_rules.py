@@ -65,7 +65,9 @@ _FLAGS: dict[str, tuple[str, dict[str, Any], Any]] = {
 
 
 def test_every_preference_flag_is_tried() -> None:
-    assert {*_FLAGS, "online_preferences"} == {field.name for field in dataclasses.fields(PreferenceArgs)}
+    assert {*_FLAGS, "online_preferences", "precompute_ref_log_probs", "ref_log_probs_dir"} == {
+        field.name for field in dataclasses.fields(PreferenceArgs)
+    }
     assert set(_FLAGS) <= set(READ_BY)
 
 
@@ -127,6 +129,12 @@ def test_the_tables_of_flags_are_true(name: str) -> None:
         ({"ld_alpha": 1.1}, "--ld-alpha, got 1.1: it must be at least 0 and at most 1"),
         ({"loss_aggregation": "token_mean"}, "a mean over pairs or answers, not over tokens"),
         ({"calculate_per_token_loss": True}, "a mean over pairs or answers, not over tokens"),
+        ({"ref_log_probs_dir": "x"}, "nothing is computed without --precompute-ref-log-probs"),
+        (
+            {"precompute_ref_log_probs": True, "reference_free": True},
+            "with --reference-free there is nothing to compute",
+        ),
+        ({"loss_type": "kto", "precompute_ref_log_probs": True}, "--loss-type kto does not read it"),
         ({"label_key": "winner"}, "reads the columns chosen and rejected"),
         ({"rollout_temperature": 0.5}, "--loss-type dpo starts no engine"),
         ({"rm_type": "math"}, "--loss-type dpo scores nothing"),
@@ -135,7 +143,7 @@ def test_the_tables_of_flags_are_true(name: str) -> None:
 )
 def test_what_makes_no_sense_is_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_config(loss_type="dpo", **flags)
+        make_config(**{"loss_type": "dpo", **flags})
 
 
 def test_kto_has_others_to_compare_with() -> None:
@@ -168,6 +176,7 @@ def test_online_preferences_come_from_engines_and_rewards() -> None:
         ({"n_samples_per_prompt": 1}, "--n-samples-per-prompt, got 1: a pair is the best and the worst"),
         ({"rollout_batch_size": 6, "num_steps_per_rollout": 4}, "--num-steps-per-rollout, got 4: the 6 prompts"),
         ({"eps_clip": 0.1}, "--loss-type dpo has no advantages"),
+        ({"precompute_ref_log_probs": True}, "answers of the engines are not known at launch"),
         ({"overlong_rows": "drop"}, "with --online-preferences the engines answer prompts"),
         ({"loss_type": "policy_loss"}, "--online-preferences, got true: --loss-type policy_loss does not read it"),
     ],
