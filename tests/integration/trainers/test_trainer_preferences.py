@@ -262,3 +262,20 @@ def test_evaluation_says_what_the_step_would_and_leaves_the_model_alone(
     for name in ("loss", "reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected", "logp_chosen"):
         assert found[name] == pytest.approx(trained[f"train/{name}"], rel=1e-6), name
     assert "token_accuracy" not in found
+
+
+def test_a_batch_may_bring_the_log_probs_of_a_reference_that_was_let_go(
+    tmp_path: Path, qwen3: Path, other_qwen3: Path
+) -> None:
+    config = _with_other_reference(_config(qwen3, loss_type="dpo"), other_qwen3)
+    batch = dataclasses.replace(_batch(), steps=((np.arange(4, 8), np.arange(4)),))
+    with trainer_for(config, tmp_path) as trainer:
+        trainer.load_weights(str(qwen3))
+        expected = trainer.evaluate(batch)
+        found = trainer.reference_log_probs(batch)
+        with torch.no_grad():
+            reference = torch.cat(hf_log_probs(make_hf("qwen3", seed=7), batch))
+        np.testing.assert_allclose(found, reference.numpy(), atol=1e-5)
+        trainer.drop_reference()
+        brought = dataclasses.replace(batch, ragged={**batch.ragged, "ref_log_probs": found})
+        assert trainer.evaluate(brought) == expected
