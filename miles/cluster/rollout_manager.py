@@ -11,7 +11,6 @@ complete, however far it was read since.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -219,14 +218,17 @@ class RolloutManagerActor:
         """Rows of all data sets whose reference log-probs are not there yet, `UNSCORED_GROUPS` at a time, as in `train`."""
         assert self._cache is not None, "--precompute-ref-log-probs"
         assert self._prompts is not None
-        groups = [groups for _, groups in load_eval_rows(self.config, self.tokenizer)]
         own = RolloutDataSource(self._prompts, n_samples_per_prompt=1, shuffle=False, seed=0)
-        everything = [*own.get_samples(len(self._prompts.prompts)), *itertools.chain(*groups)]
         self._unscored = []
-        for start in range(0, len(everything), UNSCORED_GROUPS):
-            batches = self._build(everything[start : start + UNSCORED_GROUPS])
-            if any(map(self._cache.is_missing, batches)):
-                self._unscored.append(batches)
+        # Samples are numbered within each data set, so no batch is made of two.
+        for groups in (
+            own.get_samples(len(self._prompts.prompts)),
+            *(groups for _, groups in load_eval_rows(self.config, self.tokenizer)),
+        ):
+            for start in range(0, len(groups), UNSCORED_GROUPS):
+                batches = self._build(groups[start : start + UNSCORED_GROUPS])
+                if any(map(self._cache.is_missing, batches)):
+                    self._unscored.append(batches)
         return [tuple(map(ray.put, batches)) for batches in self._unscored]
 
     async def keep_reference(self, number: int, log_probs: Sequence[np.ndarray]) -> None:
