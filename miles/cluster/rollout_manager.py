@@ -223,7 +223,7 @@ class RolloutManagerActor:
         # Samples are numbered within each data set, so no batch is made of two.
         for groups in (
             own.get_samples(len(self._prompts.prompts)),
-            *(groups for _, groups in load_eval_rows(self.config, self.tokenizer)),
+            *(groups for _, groups in load_eval_rows(self.config, self.tokenizer, self._channels)),
         ):
             for start in range(0, len(groups), UNSCORED_GROUPS):
                 batches = self._build(groups[start : start + UNSCORED_GROUPS])
