@@ -48,7 +48,7 @@ def manager(tmp_path: Path, **flags: Any) -> RolloutManagerActor:
         load_debug_rollout_data=str(tmp_path / "replay_{rollout_id}.jsonl"), micro_batch_size=1, **flags
     )
     made.run_dir = RunDir(tmp_path / "run").create()
-    made.source, made._pool, made.dp_size, made._channels = None, None, 1, ()
+    made.source, made._pool, made.dp_size, made._channels, made._cache = None, None, 1, (), None
     made._log_hooks, made._states, made._unwritten = LogHooks(made.config), {}, {}
     made._texts, made._traces = TokenTexts(_Letters()), TraceFiles.of(made.run_dir.path)
     return made
