@@ -56,6 +56,15 @@ PARTS: tuple[Part, ...] = (
         "score with --rm-type or --custom-rm-path",
     ),
     Part(
+        "distillation on the student's own answers",
+        {
+            "gkd-lmbda": "share of rows answered by the student",
+            "gkd-seq-kd": "rows answered by the teacher",
+            "teacher-urls": "a teacher on engines, with the log-probs of its top tokens",
+        },
+        "use --loss-type gkd with --teacher-load on given rows, or --use-opd for the student's own",
+    ),
+    Part(
         "tensor, pipeline, context and expert parallelism",
         {
             "tensor-model-parallel-size": "ranks that share each layer",
