@@ -193,6 +193,19 @@ def kl_needs_kl_loss(facts: Facts) -> Iterator[Problem]:
     )
 
 
+def reference_updates_have_a_reference(facts: Facts) -> Iterator[Problem]:
+    grpo, preference = facts.config.grpo, facts.config.preference
+    if grpo.loss_type in ("policy_loss", "custom_loss"):
+        has_one, why = grpo.use_kl_loss or grpo.kl_coef != 0, "there is KL neither in the loss nor in the reward"
+    else:
+        has_one = grpo.loss_type in ("dpo", "kto") and not preference.reference_free
+        why = f"--loss-type {grpo.loss_type}{' --reference-free' * preference.reference_free} has no reference"
+    yield from needs(facts, ("ref_update_interval",), unless=has_one, why=why, fix="leave it out")
+    why = "--precompute-ref-log-probs scores all rows with one reference"
+    is_computed = preference.precompute_ref_log_probs
+    yield from needs(facts, ("ref_update_interval",), unless=not is_computed, why=why, fix="give one of the two")
+
+
 def kl_is_in_one_place(facts: Facts) -> Iterator[Problem]:
     grpo = facts.config.grpo
     if grpo.kl_coef and grpo.kl_loss_coef:
@@ -272,6 +285,7 @@ ALGORITHM_RULES: tuple[Rule, ...] = (
     per_token_loss_is_token_mean,
     constant_length_needs_constant,
     kl_needs_kl_loss,
+    reference_updates_have_a_reference,
     kl_is_in_one_place,
     tis_is_token_truncate,
     tis_clip_needs_a_correction,

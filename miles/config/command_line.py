@@ -1,7 +1,7 @@
 """argv -> values: the words are sorted by flag, then tyro reads each flag's words as its type and prints `--help`.
 
     --rollout-batch-size 32 --no-swiglu --sglang-mem-fraction-static 0.7
-        │ scan: which flag, which words; unknown and unbuilt flags; the last of a repeated flag wins
+        │ scan: which flag, which words; unknown and unbuilt flags; the last of a repeated flag wins, `unset` takes it back
         ├─ engine and router flags are set aside
         └─ tyro: words -> typed values, grouped help
 
@@ -28,6 +28,9 @@ from .problem import Problem, raise_if, suggestion
 
 Action = Literal["run", "print-config", "dry-run"]
 
+#: The word that takes a flag back: `--eps-clip-high unset` after a recipe's `--eps-clip-high 0.28`.
+UNSET = "unset"
+
 #: What the command does with the configuration; not part of it.
 LAUNCH_HELP = {
     "config": "FILE.yaml with the groups below as sections (model, ckpt, rollout, ...); the command line overrides it.",
@@ -44,6 +47,8 @@ class CommandLine:
     """Flat field name -> value, only of the flags that were given."""
     engine: Mapping[str, Any]
     """`--sglang-*` flags that are none of ours, by SGLang's argument name."""
+    unset: frozenset[str]
+    """Flat field names of flags that were taken back, from the file as well."""
     config_file: str | None
     action: Action
 
@@ -55,7 +60,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
     scanned = _scan(argv)
     config_file, action = scanned.config_file, scanned.action
     values = _typed(scanned.words)
-    return CommandLine(values, {k: _engine_value(v) for k, v in scanned.engine.items()}, config_file, action)
+    engine = {name: _engine_value(words) for name, words in scanned.engine.items()}
+    return CommandLine(values, engine, frozenset(scanned.unset), config_file, action)
 
 
 # ----------------------------------------------------------------------------------------------------------- sort words
@@ -65,6 +71,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
 class _Scan:
     words: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     engine: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    unset: set[str] = dataclasses.field(default_factory=set)
     config_file: str | None = None
     action: Action = "run"
 
@@ -106,6 +113,10 @@ def _take(scan: _Scan, typed: str, words: list[str]) -> Problem | None:
             scan.engine[name.removeprefix("sglang_")] = words
             return None
         return None if is_so_anyway(typed, words) else planned_flag(typed) or _unknown(typed)
+    if words == [UNSET]:
+        scan.words.pop(field.name, None)
+        scan.unset.add(field.name)
+        return None
     if field.kind == "switch":
         if words:
             no = "--no-" + field.flag.removeprefix("--")
@@ -120,6 +131,7 @@ def _take(scan: _Scan, typed: str, words: list[str]) -> Problem | None:
     if field.name == "plugin":
         words = scan.words.get("plugin", []) + words
     scan.words[field.name] = words
+    scan.unset.discard(field.name)
     return None
 
 
@@ -212,7 +224,7 @@ def _tyro(argv: Sequence[str]) -> Any:
     return tyro.cli(
         _view(),
         prog="train.py",
-        description="Reinforcement-learning post-training. Flags by group; what is unset is derived, see --print-config.",
+        description="Reinforcement-learning post-training. Flags by group; what is unset is derived, see --print-config; `--flag unset` takes back what came before it.",
         args=list(argv),
         config=(tyro.conf.OmitArgPrefixes,),
     )

@@ -11,7 +11,7 @@ HEADER = """\
 # Flags
 
 Written by `python -m miles.config.docs` from `miles/config/groups.py`; do not edit. Flags take `_` for `-` and `--flag=value`; every switch
-has a `--no-` form; of a flag that is given twice the last counts (`--plugin` adds up). The same names are keys in `--config FILE.yaml`,
+has a `--no-` form; of a flag that is given twice the last counts (`--plugin` adds up), and `--flag unset` takes back what a recipe or a file gave. The same names are keys in `--config FILE.yaml`,
 below the section named in each heading. *unset* means derived: from config.json, another flag, or the machine; `--print-config` shows each
 value with where it came from. `--config`, `--print-config`, `--dry-run` and `--help` are of the command itself.
 """

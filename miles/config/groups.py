@@ -70,6 +70,8 @@ class CkptArgs:
     """HF directory for engines, tokenizer and config."""
     ref_load: str | None = None
     """Reference checkpoint (Megatron or HF directory), also the initial weights when --load has none."""
+    ref_update_interval: int | None = None
+    """Rollouts after which the actor's weights become the reference, again and again; unset keeps the first reference."""
     load: str | None = None
     """Checkpoint directory to resume from, or one checkpoint; where there never was one, the actor warm-starts from --ref-load, else --hf-checkpoint."""
     save: str | None = None

@@ -91,6 +91,8 @@ def resolve(argv: Sequence[str] | None = None, *, platform: Platform | None = No
         sources.update({name: Source("file", f"{file.path}:{fields()[name].group}") for name in file.values})
         if file.engine:
             sources["sglang_args"] = Source("file", f"{file.path}:sglang")
+        for name in line.unset & values.keys():
+            del values[name], sources[name]
     engine.update(line.engine)
     values.update(line.values)
     sources.update(dict.fromkeys([*line.values, *(["sglang_args"] if line.engine else [])], COMMAND_LINE))

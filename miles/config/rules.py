@@ -53,6 +53,7 @@ RANGES: dict[str, Range] = {
                 "vocab_size",
                 "lr_decay_iters",
                 "save_retain_interval",
+                "ref_update_interval",
             ),
         ],
         _AT_LEAST_ONE,

@@ -3,6 +3,7 @@
     save_state (every rank) -> DIR/iter_0000007.tmp/   the caller may add files of its own, then finish
     load_state, load_rng    <- DIR/iter_0000007/       a whole one
                                DIR/iter_0000007/critic/    a critic's state, where there is one
+                               DIR/iter_0000007/reference/    the reference's weights, where the actor's have become those
 
 The state is a Megatron distributed checkpoint (torch_dist), so that it can be loaded with other parallel sizes.
 """
@@ -31,9 +32,12 @@ from miles.trainers.checkpoints import STATE, partial_directory
 
 from . import cpu, rng
 from .parallel import Parallel
+from .roles import ReferenceWeights
 
 #: Directory within a checkpoint that holds the critic's state.
 CRITIC = "critic"
+#: ... and the one that holds a reference that is not the run's first.
+REFERENCE = "reference"
 
 # ----------------------------------------------------------------------------------------------------------------- write
 
@@ -47,22 +51,28 @@ def save_state(
     state: dict[str, Any],
     parallel: Parallel,
     critic: tuple[GPTModel, MegatronOptimizer | None] | None = None,
+    reference: ReferenceWeights | None = None,
 ) -> Path:
     """Writes this rank's part into the partial directory, emptied first, and returns that. Every rank calls it.
 
     `optimizer` None leaves the optimizer out. `state` is JSON-ready and the same on every rank. `critic`: its model and
-    optimizer, likewise.
+    optimizer, likewise. `reference`: other weights of `model`.
     """
     partial = partial_directory(directory, iteration)
     parts = {partial: (model, optimizer), **({partial / CRITIC: critic} if critic else {})}
     if parallel.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-        for place in parts:
+        for place in (*parts, *([partial / REFERENCE] if reference is not None else [])):
             place.mkdir(parents=True)
     parallel.barrier()
     with cpu.cuda_means_cpu():
         for place, part in parts.items():
             dist_checkpointing.save(_sharded_state(*part, parallel), str(place), InProcessSave())
+        if reference is not None:
+            with reference.awake():
+                dist_checkpointing.save(
+                    _sharded_state(model, None, parallel), str(partial / REFERENCE), InProcessSave()
+                )
     rng.save(partial / _rng_file(parallel.rank))
     if parallel.is_main:
         (partial / STATE).write_text(json.dumps({"iteration": iteration, **state}, indent=1) + "\n")

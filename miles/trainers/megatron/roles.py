@@ -20,6 +20,15 @@ class ReferenceWeights:
         self._reference = [_host_copy(p) for p in self._params]
         # The actor's place to sleep; on a CPU its own memory is that place.
         self._actor = [_host_copy(p) for p in self._params if p.is_cuda]
+        self.is_first = True
+        """Not `take`n yet: the reference is what the run was started with."""
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """The weights that the model has now become the reference."""
+        for param, reference in zip(self._params, self._reference, strict=True):
+            reference.copy_(param)
+        self.is_first = False
 
     @contextmanager
     def awake(self) -> Iterator[None]:

@@ -191,6 +191,9 @@ class MegatronTrainer:
         self.traced = {}
         if batch.rollout_id >= self.config.grpo.num_critic_only_steps:
             self._train_actor(batch, steps, known, per_step)
+        interval = self.config.ckpt.ref_update_interval
+        if interval is not None and self._reference is not None and (batch.rollout_id + 1) % interval == 0:
+            self._reference.take()
         return {**self._metrics(batch, steps, per_step), **prepared}
 
     def _train_actor(
@@ -400,6 +403,7 @@ class MegatronTrainer:
                 "extra": extra or {},
             },
             parallel=self.parallel,
+            reference=self._reference if self._reference is not None and not self._reference.is_first else None,
         )
         if critic is not None and self.config.ckpt.critic_save is not None:
             critic.save_hf(self.config.ckpt.critic_save)
@@ -424,6 +428,7 @@ class MegatronTrainer:
                 f"--optimizer, got {ours}: checkpoint {found} holds the state of {saved}; "
                 f"take --optimizer {saved}, or start from its weights with --ref-load"
             )
+        self._load_reference(found)
         with_optimizer = saved is not None
         optimizer = self._actor.optimizer if with_optimizer else None
         checkpoint.load_state(found, model=self._model, optimizer=optimizer, parallel=self.parallel)
@@ -434,6 +439,13 @@ class MegatronTrainer:
             self._critic.load(found, steps=int(state.get("critic_steps") or 0), with_optimizer=with_optimizer)
         checkpoint.load_rng(found, self.parallel)
         return int(state["iteration"])
+
+    def _load_reference(self, found: Path) -> None:
+        """The reference of a checkpoint whose run had updated it; before the actor's weights, since it passes through the model."""
+        place = found / checkpoint.REFERENCE
+        if self._reference is not None and place.is_dir():
+            checkpoint.load_state(place, model=self._model, optimizer=None, parallel=self.parallel)
+            self._reference.take()
 
     def save_hf(self, path: str | Path) -> None:
         """Writes an HF directory that transformers loads, with the tokenizer of --hf-checkpoint. Every rank calls it."""

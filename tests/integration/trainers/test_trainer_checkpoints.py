@@ -233,3 +233,20 @@ def test_all_ranks_stop_when_one_is_not_finite(tmp_path: Path, qwen3: Path) -> N
     first, second = run_ranks(2, _poisoned, qwen3, tmp_path)
     assert "rank0.npz" in first
     assert "rank1.npz" in second
+
+
+def test_a_reference_that_follows_the_actor_is_continued(tmp_path: Path, qwen3: Path) -> None:
+    """--ref-update-interval: KL is 0 again after each update, and a resumed run has the reference of the one that went on."""
+    kl_flags = {"use_kl_loss": True, "kl_loss_coef": 0.1, "ref_update_interval": 2}
+    config = config_for(qwen3, **kl_flags, **_FLAGS)
+    batches = [make_batch(seed=i, rollout_id=i) for i in range(6)]
+    with trainer_for(config, tmp_path, steps=6) as trainer:
+        made = [trainer.train(batch)["train/kl_loss"] for batch in batches[:3]]
+        trainer.save(tmp_path / "ckpt", 3)
+        trainer.finish_save(tmp_path / "ckpt", 3)
+        made += [trainer.train(batch)["train/kl_loss"] for batch in batches[3:]]
+        expected = _weights(trainer)
+    assert [value == pytest.approx(0, abs=1e-7) for value in made] == [True, False] * 3
+    with trainer_for(_loading(config, tmp_path / "ckpt"), tmp_path, steps=6) as trainer:
+        assert [trainer.train(batch)["train/kl_loss"] for batch in batches[3:]] == made[3:]
+        assert all(torch.equal(expected[name], tensor) for name, tensor in _weights(trainer).items())

@@ -40,6 +40,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"gamma": 0.9},
         "--gamma, got 0.9: --advantage-estimator grpo says the same of every token, so there is no return",
     ),
+    ({"ref_update_interval": 2}, "--ref-update-interval, got 2: there is KL neither in the loss nor in the reward"),
+    ({"ref_update_interval": 0, "use_kl_loss": True}, "--ref-update-interval, got 0: it must be"),
     ({"pass_at_k": 2}, "--pass-at-k, got 2: --advantage-estimator grpo does not read it; add --advantage-estimator"),
     ({"advantage_estimator": "pass_at_k"}, "--advantage-estimator, got pass_at_k: it does not know how many answers"),
     (

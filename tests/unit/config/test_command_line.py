@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,21 @@ def test_third_state_of_a_switch() -> None:
     assert parse(["--swiglu"]).values["swiglu"] is True
     assert parse(["--no-swiglu"]).values["swiglu"] is False
     assert parse(["--swiglu", "--no-swiglu"]).values["swiglu"] is False, "the last counts"
+
+
+def test_unset_takes_back_what_came_before_it(tmp_path: Path) -> None:
+    """As in a recipe whose `--eps-clip-high` another loss does not read."""
+    assert parse(["--eps-clip-high", "0.28", "--eps-clip-high", "unset"]).values == {}
+    assert parse(["--eps-clip-high", "unset", "--eps-clip-high", "0.3"]).values == {"eps_clip_high": 0.3}
+    assert parse(["--swiglu", "--swiglu", "unset"]).values == {}
+    file = tmp_path / "run.yaml"
+    file.write_text("grpo:\n  eps_clip_high: 0.28\n  policy_loss: cispo\n")
+    given = ["--hf-checkpoint", "none", "--config", str(file), "--policy-loss", "sapo"]
+    with pytest.raises(ConfigError, match=r"--eps-clip-high, got 0\.28: --policy-loss sapo does not clip"):
+        resolve(given)
+    with pytest.raises(ConfigError) as found:
+        resolve([*given, "--eps-clip-high", "unset"])
+    assert "--eps-clip-high" not in str(found.value)
 
 
 def test_engine_flags_are_set_aside() -> None:
