@@ -12,6 +12,7 @@ nothing, so the loops have no branches.
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import sys
 import time
@@ -262,7 +263,7 @@ class App:
     def evaluate_if_due(self, step: int) -> None:
         """Before the first rollout, every --eval-interval (or a data set's own), and after the last."""
         flags = self.config.eval
-        due = [dataset for dataset in eval_datasets(self.config) if self._due(dataset.interval, step)]
+        due = [dataset for dataset in self._eval_datasets if self._due(dataset.interval, step)]
         if self._evaluate is None or not due:
             return
         if step == self.start and (flags.skip_eval_before_train or step > 0):
@@ -279,12 +280,17 @@ class App:
         trainers.drop_reference()
         self.rollout_manager.have_reference()
 
+    @functools.cached_property
+    def _eval_datasets(self) -> tuple[EvalDataset, ...]:
+        """Read once: parsing --eval-config takes a millisecond."""
+        return eval_datasets(self.config)
+
     def _choose_evaluation(self) -> Callable[[int, Sequence[EvalDataset]], dict[str, float]] | None:
         """By the engines, which answer prompts; by the trainers, where the answers are there; None in half a run."""
         manager, trainers = self.rollout_manager, self.trainers
         if job_of(self.config).rows == "prompts":
             return (lambda step, due: manager.evaluate(step)) if self._engines.processes else None
-        if trainers is None or self._prepared.prompts is None or not eval_datasets(self.config):
+        if trainers is None or self._prepared.prompts is None or not self._eval_datasets:
             return None
         shards = manager.evaluation_shards()
 

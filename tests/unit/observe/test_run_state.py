@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -99,6 +100,31 @@ def test_the_end_is_kept_with_its_reason(tmp_path, outcome, error, line):
     state = read_run_state(tmp_path)
     assert (state.outcome, state.error, state.first_step, state.step) == (outcome, line, 1, 2)
     assert state.started <= before <= state.updated
+
+
+def test_a_phase_is_written_in_place_and_read_whole_at_any_moment(tmp_path):
+    file = StateFile(tmp_path / "state.json", num_rollout=3)
+    inode = file.path.stat().st_ino
+    phases = ["save", "update_weights" * 10]
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(4000):
+            file.phase(phases[number % 2], number)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        while not done.is_set():
+            state = read_run_state(tmp_path)
+            assert (state.phase, state.step) == ("start", 0) or state.phase == phases[state.step % 2]
+    finally:
+        writer.join()
+    assert read_run_state(tmp_path).step == 3999
+    assert file.path.stat().st_ino == inode
+    file.end("failed", ValueError("x" * 5000))
+    assert read_run_state(tmp_path).error == "x" * 5000
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", orjson.dumps({"outcome": "running"})])
