@@ -17,12 +17,15 @@ from .groups import Config
 from .hf import model_values, read_hf_config
 from .hooks import absolute_hook, absolute_path
 from .jobs import JOBS, find_job
+from .layer_pattern import listed
 from .platform import Platform
 from .problem import Problem
 from .source import DEFAULT, Source
 
 #: MODEL flags that may differ from config.json: they are choices, not shapes of the checkpoint's tensors.
-FREE_MODEL_FLAGS = frozenset({"seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"})
+FREE_MODEL_FLAGS = frozenset({"seq_length", "max_position_embeddings", "make_vocab_size_divisible_by", "spec"})
+#: MODEL flags that are a pattern of layers; one may be written in several ways.
+PATTERN_FLAGS = frozenset({"window_attn_skip_freq"})
 
 
 @dataclass
@@ -71,9 +74,13 @@ def _model(draft: Draft) -> None:
         return
     source = Source("config.json", f"{directory}/config.json")
     draft.fill("model_name", hf["model_type"], source)
+    for name, flag in ((name, f.flag) for name, f in fields().items() if f.group == "model"):
+        if name not in FREE_MODEL_FLAGS and name not in shape and draft.values[name]:
+            why = f"{directory}/config.json describes a {hf['model_type']} model without it"
+            draft.problems.append(Problem(flag, show(draft.values[name]), why, f"leave {flag} out"))
     for name, value in shape.items():
         given = draft.values[name]
-        if given is not None and name not in FREE_MODEL_FLAGS and not _equal(given, value):
+        if given is not None and name not in FREE_MODEL_FLAGS and not _equal(name, given, value):
             flag = fields()[name].flag
             why = f"{directory}/config.json says {show(value)}"
             draft.problems.append(
@@ -85,7 +92,12 @@ def _model(draft: Draft) -> None:
         draft.fill(name, value, source)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(name: str, a: Any, b: Any) -> bool:
+    if name in PATTERN_FLAGS:
+        try:
+            return listed(a) == listed(b)
+        except ValueError:
+            return True  # A rule says what is wrong with it.
     return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) else bool(a == b)
 
 

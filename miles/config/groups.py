@@ -44,6 +44,12 @@ class ModelArgs:
     """RoPE theta."""
     rotary_percent: float | None = None
     """Share of the head dimension that rotates."""
+    rope_scaling: dict[str, Any] | None = None
+    """Scaling of RoPE for longer contexts (JSON), by its names in config.json: rope_type llama3, yarn or linear, factor and so on."""
+    window_size: tuple[int, ...] | None = None
+    """Sliding-window attention: tokens before a token that it sees, and after it (0)."""
+    window_attn_skip_freq: str | None = None
+    """Which layers have the window: all but every N-th, or a list such as [1]*2+[0]*1. Unset: all."""
     disable_bias_linear: bool | None = None
     """No bias in linear layers."""
     add_qkv_bias: bool | None = None

@@ -19,6 +19,7 @@ from .eval_datasets import eval_datasets
 from .fields import fields, flatten, show
 from .groups import Config
 from .jobs import JOB_RANGES, JOB_RULES, job_of
+from .model_rules import MODEL_RULES
 from .preference_rules import PREFERENCE_RANGES, PREFERENCE_RULES
 from .problem import Problem
 from .reward_rules import REWARD_RANGES, REWARD_RULES
@@ -620,6 +621,7 @@ RULES: tuple[Rule, ...] = (
     stop_ids_are_tokens,
     stop_strings_say_something,
     engine_flags,
+    *MODEL_RULES,
     *ALGORITHM_RULES,
     *CRITIC_RULES,
     *REWARD_RULES,

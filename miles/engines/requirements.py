@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from miles.config import Config, Problem
 
 
+#: What the embedded engine computes; `embedded.model_config` says it again, with torch.
+EMBEDDED_KINDS = ("qwen2", "qwen3", "llama", "mistral")
+
+
 def check(config: Config) -> list[Problem]:
     """All problems that this room can find before any process starts."""
     # Here, not above: the embedded engine's process imports this package and has no use for the configuration.
@@ -59,6 +63,20 @@ def _check_embedded(config: Config) -> Iterator[Problem]:
             config.sglang.rollout_num_gpus_per_engine,
             "the embedded engine is one process on one device",
             "leave it at 1; --rollout-num-gpus makes more engines",
+        )
+    if (kind := config.ckpt.model_name) is not None and kind not in EMBEDDED_KINDS:
+        yield Problem(
+            "--rollout-engine",
+            "embedded",
+            f"it computes {', '.join(EMBEDDED_KINDS)} models, and this one is {kind}",
+            "add --rollout-engine sglang, or train without engines",
+        )
+    if config.model.window_size is not None:
+        yield Problem(
+            "--rollout-engine",
+            "embedded",
+            "it computes full attention, and the model has a sliding window",
+            "add --rollout-engine sglang, or choose a checkpoint without a window",
         )
     if config.model.rotary_percent not in (None, 1.0):
         yield Problem(

@@ -30,6 +30,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,6 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _MIN_FILL = 0.75
 #: Below this length a second block costs more than the padding it saves.
 _SMALL_LENGTH = 32
+#: Queries that a sliding window takes at a time, at least: fewer would be too little work for one kernel.
+_LEAST_PIECE = 256
 
 
 @dataclass(frozen=True)
@@ -144,15 +147,15 @@ class PackedSequences(PackedSeqParams):
             blocks=tuple(blocks),
         )
 
-    def phases(self, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, 1, rotated / 2] for each token, from megatron's `angles` [positions, 1, 1, rotated].
+    def phases(self, angles: Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`scale` times cos and sin [T, 1, 1, rotated / 2] for each token, from megatron's `angles` [positions, 1, 1, rotated].
 
         Kept for the other layers, which ask for the same.
         """
         if self._phases is None:
             half = angles.shape[-1] // 2
             mine = angles[..., :half].index_select(0, self.positions)
-            self._phases = mine.cos().to(dtype), mine.sin().to(dtype)
+            self._phases = (mine.cos() * scale).to(dtype), (mine.sin() * scale).to(dtype)
         return self._phases
 
     def turns(self, angles: Tensor) -> Tensor:
@@ -219,7 +222,7 @@ class PackedSelfAttention(SelfAttention):
             raise TypeError(f"packed_seq_params, got {type(packed_seq_params).__name__}: pass PackedSequences")
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         if rotary_pos_emb is not None:
-            cos, sin = packed_seq_params.phases(rotary_pos_emb, query.dtype)
+            cos, sin = packed_seq_params.phases(rotary_pos_emb, query.dtype, self.config.rotary_scale)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         context = self.core_attention(
             query.squeeze(1),
@@ -290,6 +293,10 @@ class PackedCoreAttention(torch.nn.Module):
             raise ValueError("context parallelism is not built yet for packed attention")
         self.softmax_scale = softmax_scale
         self.backend = backend
+        self.window = None
+        """Tokens that a token sees, the last of them itself; None: all before it."""
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = config.window_size[0] + 1
 
     def forward(
         self,
@@ -314,18 +321,41 @@ class PackedCoreAttention(torch.nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if self.backend == "unfused" else nullcontext():
             for i, block in enumerate(sequences.blocks):
                 query, key, value = (part.transpose(1, 2) for part in parts[3 * i : 3 * i + 3])
-                mask = None if block.prefixes is None else block.prefixes.mask
-                out = F.scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                    scale=self.softmax_scale,
-                    enable_gqa=query.shape[1] != key.shape[1],
-                )
+                if self.window is not None and key.shape[2] > self.window:
+                    out = self._in_window(query, key, value, self.window)
+                else:
+                    out = self._sdpa(query, key, value, None if block.prefixes is None else block.prefixes.mask)
                 outputs.append(out.transpose(1, 2))
         return _Join.apply(sequences.blocks, *outputs)
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query [rows, N, length, D], key and value [rows, K, keys, D] -> as query. Without a mask it is causal."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    def _in_window(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+        """The same, each query on the last `window` keys up to its own; queries are the last of the keys' positions.
+
+        A piece of queries at a time, with the keys that it sees: time and memory grow with the window, not with the length.
+        """
+        length, before = query.shape[2], key.shape[2] - query.shape[2]
+        pieces = []
+        for start in range(0, length, piece := max(window, _LEAST_PIECE)):
+            stop = min(start + piece, length)
+            first, last = max(before + start - window + 1, 0), before + stop
+            # Of query i of the piece and key j of its keys, j - i is `offset` where they are the same token.
+            offset = before + start - first
+            seen = torch.ones(stop - start, last - first, dtype=torch.bool, device=query.device)
+            seen = seen.tril_(offset).triu_(offset - window + 1)
+            pieces.append(self._sdpa(query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], seen))
+        return torch.cat(pieces, dim=2)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
         from flash_attn import flash_attn_varlen_func
@@ -340,6 +370,7 @@ class PackedCoreAttention(torch.nn.Module):
             sequences.max_seqlen_kv,
             softmax_scale=self.softmax_scale,
             causal=True,
+            window_size=(-1, -1) if self.window is None else (self.window - 1, 0),
         )
         return out
 

@@ -111,6 +111,7 @@ class PackedLayer(TransformerLayer):
             and config.activation_func_clamp_value is None
             and not config.glu_linear_offset
             and not config.rotary_interleaved
+            and config.rotary_scale == 1.0
         )
         self._heads = attention.num_attention_heads_per_partition, attention.num_query_groups_per_partition
         self._head_dim = attention.hidden_size_per_attention_head

@@ -32,11 +32,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from miles.config.groups import Config
+from miles.config.layer_pattern import listed
 from miles.errors import ConfigError, HookError
 
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
 from .layers import GatedMLP, LayerNorm, PackedLayer, RMSNorm
 from .parallel import Parallel, ParallelSizes
+from .rope import inverse_frequencies
 
 M = TypeVar("M", bound=GPTModel)
 
@@ -52,7 +54,7 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
     dtype = params_dtype(device)
     on_gpu = device.type == "cuda"
     engine = uses_transformer_engine(config, device)
-    return TransformerConfig(
+    transformer = TransformerConfig(
         num_layers=_set(model.num_layers),
         hidden_size=_set(model.hidden_size),
         ffn_hidden_size=_set(model.ffn_hidden_size),
@@ -66,6 +68,8 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         activation_func=F.silu if model.swiglu else F.gelu,
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=bool(model.add_qkv_bias),
+        window_size=model.window_size,
+        window_attn_skip_freq=None if model.window_attn_skip_freq is None else listed(model.window_attn_skip_freq),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -90,6 +94,16 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         bias_dropout_fusion=on_gpu,
         batch_p2p_comm=on_gpu,
     )
+    #: Megatron has no place for what scaled rotary embeddings multiply cos and sin by.
+    transformer.rotary_scale = _frequencies(config)[1]
+    return transformer
+
+
+def _frequencies(config: Config) -> tuple[Tensor, float]:
+    """Of --rotary-base and --rope-scaling; see `inverse_frequencies`."""
+    model = config.model
+    dim = int(_set(model.kv_channels) * (1.0 if model.rotary_percent is None else model.rotary_percent))
+    return inverse_frequencies(dim, model.rotary_base or 10000, model.rope_scaling)
 
 
 def uses_transformer_engine(config: Config, device: torch.device) -> bool:
@@ -215,7 +229,7 @@ def build_scalar_model(config: Config, parallel: Parallel) -> ScalarModel:
 def _build(kind: type[M], config: Config, parallel: Parallel) -> M:
     model = config.model
     transformer = transformer_config(config, parallel.sizes, parallel.device)
-    return kind(
+    built = kind(
         transformer,
         layer_spec(config, transformer, parallel.device),
         vocab_size=padded_vocab_size(config, parallel.sizes),
@@ -228,6 +242,9 @@ def _build(kind: type[M], config: Config, parallel: Parallel) -> M:
         post_process=parallel.is_last_stage,
         pg_collection=parallel.groups,
     ).to(parallel.device)
+    if model.use_rotary_position_embeddings:
+        built.rotary_pos_emb.inv_freq = _frequencies(config)[0].to(parallel.device)
+    return built
 
 
 def padded_vocab_size(config: Config, sizes: ParallelSizes) -> int:

@@ -80,23 +80,24 @@ def test_rope_is_read_in_the_old_and_the_new_form(rope: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rope_scaling": {"type": "yarn"}}, "d/config.json, got no 'factor': a llama model needs it"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "factor 4 of rope_scaling: scaling yarn needs another"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor 0 of rope_scaling"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "d/config.json, got rope_scaling of type yarn: scaled rotary",
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "rope_scaling of type dynamic: of scaled rotary embeddings",
         ),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling of type llama3"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_parameters of type longrope"),
         ({"hidden_act": "gelu"}, "d/config.json, got hidden_act gelu: only the gated SiLU MLP is built"),
         ({"attention_bias": True}, "attention_bias True: biases of attention are not built"),
         ({"mlp_bias": True}, "mlp_bias True: biases of the MLP are not built"),
         (
-            {"model_type": "mistral", "sliding_window": 4096},
-            "sliding_window 4096: sliding-window attention is not built",
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+            "layer_types sliding_attention: sliding_window does not say how wide the window is",
         ),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window True"),
         (
-            {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types sliding_attention",
+            {"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types chunked_attention",
         ),
         (
             {"model_type": "qwen3_moe"},
@@ -118,6 +119,41 @@ def test_what_the_model_code_could_not_compute_is_refused(changes: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "window", "layers"),
+    [
+        ({"model_type": "mistral"}, (4095, 0), None),
+        ({"model_type": "mistral", "sliding_window": 8}, (7, 0), None),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            (7, 0),
+            "[0]*1+[1]*2",
+        ),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8}, None, None),
+    ],
+)
+def test_windows(changes: dict[str, Any], window: tuple[int, int] | None, layers: str | None) -> None:
+    values = model_values(BASE | changes, where="d")
+    assert (values.get("window_size"), values.get("window_attn_skip_freq")) == (window, layers)
+
+
+def test_scalings_are_whole() -> None:
+    """What a file leaves out of its scaling is filled in with what the model's own code means by that."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "attention_factor": None}
+    values = model_values(BASE | {"model_type": "llama", "rope_scaling": scaling}, where="d")
+    assert values["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.0,
+        "mscale_all_dim": 0.0,
+        "attention_factor": 0.0,
+        "truncate": True,
+    }
+
+
 def test_planned_families_are_not_built_ones() -> None:
     assert not PLANNED_FAMILIES & set(FAMILIES)
 
@@ -133,6 +169,15 @@ def test_planned_families_are_not_built_ones() -> None:
             "--max-position-embeddings, got 65: {d}/config.json says that the model knows 64",
         ),
         (["--normalization", "LayerNorm"], "--normalization, got LayerNorm: {d}/config.json says RMSNorm"),
+        (["--window-size", "7", "0"], "--window-size, got 7 0: {d}/config.json describes a qwen3 model without it"),
+        (
+            ["--rope-scaling", '{"rope_type": "linear"}'],
+            '--rope-scaling, got {{"rope_type": "linear"}}: {d}/config.json desc',
+        ),
+        (["--window-size", "7", "1"], "--window-size, got 7 1: it takes the tokens seen before a token"),
+        (["--window-attn-skip-freq", "[1]*3"], "--window-attn-skip-freq, got [1]*3: it lists 3 layers; list all 2"),
+        (["--window-attn-skip-freq", "0"], "--window-attn-skip-freq, got 0: every N-th layer is meant"),
+        (["--window-attn-skip-freq", "f()"], "--window-attn-skip-freq, got f(): it is neither a number nor a list"),
     ],
 )
 def test_a_contradiction_names_both_values(

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miles.trainers.megatron import attention
 from miles.trainers.megatron.attention import PackedCoreAttention, PackedSequences, rotate
 
 _CPU = torch.device("cpu")
+_WINDOWS = st.none() | st.integers(1, 40)
 _LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=12).map(lambda lengths: sorted(lengths, reverse=True))
 
 
-def _attention(backend: str = "auto") -> PackedCoreAttention:
-    config: Any = SimpleNamespace(context_parallel_size=1)
+def _attention(backend: str = "auto", window: int | None = None) -> PackedCoreAttention:
+    size = None if window is None else (window - 1, 0)
+    config: Any = SimpleNamespace(context_parallel_size=1, window_size=size, window_attn_skip_freq=None)
     causal: Any = None
     return PackedCoreAttention(config, 1, causal, "self", backend=backend)
 
 
-def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def _dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], window: int | None = None
+) -> torch.Tensor:
     """Explicit softmax over a [T, T] mask; K/V heads repeated."""
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     position = torch.cat([torch.arange(n) for n in lengths])
     allowed = (sequence[:, None] == sequence) & (position[:, None] >= position)
+    if window is not None:
+        allowed &= position[:, None] - position < window
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = torch.einsum("qnd,knd->nqk", q, k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
@@ -34,16 +42,24 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=_LENGTHS, groups=st.sampled_from([1, 2, 4]), backend=st.sampled_from(["auto", "unfused"]))
-def test_attention_stays_within_each_sequence(lengths: list[int], groups: int, backend: str) -> None:
+@given(
+    lengths=_LENGTHS,
+    groups=st.sampled_from([1, 2, 4]),
+    backend=st.sampled_from(["auto", "unfused"]),
+    window=_WINDOWS,
+)
+def test_attention_stays_within_each_sequence(
+    lengths: list[int], groups: int, backend: str, window: int | None
+) -> None:
     tokens = sum(lengths)
     generator = torch.Generator().manual_seed(tokens)
     q, k, v = (torch.randn(tokens, heads, 8, generator=generator, requires_grad=True) for heads in (4, groups, groups))
     up = torch.randn(tokens, 32, generator=generator)
     sequences = PackedSequences.of(lengths, _CPU)
-    ours = _attention(backend)(q, k, v, None, packed_seq_params=sequences)
+    with mock.patch.object(attention, "_LEAST_PIECE", 16):
+        ours = _attention(backend, window)(q, k, v, None, packed_seq_params=sequences)
     gradients = torch.autograd.grad(ours, (q, k, v), up)
-    dense = _dense(q, k, v, lengths)
+    dense = _dense(q, k, v, lengths, window)
     torch.testing.assert_close(ours, dense, atol=2e-6, rtol=1e-5)
     for mine, theirs in zip(gradients, torch.autograd.grad(dense, (q, k, v), up), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
@@ -55,9 +71,10 @@ def test_attention_stays_within_each_sequence(lengths: list[int], groups: int, b
     branches=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 70)), min_size=1, max_size=9),
     whole=_LENGTHS,
     backend=st.sampled_from(["auto", "unfused"]),
+    window=_WINDOWS,
 )
 def test_a_shared_prefix_is_the_same_as_one_prefix_for_each_row(
-    prefixes: list[int], branches: list[tuple[int, int]], whole: list[int], backend: str
+    prefixes: list[int], branches: list[tuple[int, int]], whole: list[int], backend: str, window: int | None
 ) -> None:
     prefixes = sorted(prefixes, reverse=True)
     tree = sorted(
@@ -70,7 +87,7 @@ def test_a_shared_prefix_is_the_same_as_one_prefix_for_each_row(
     q, k, v = (torch.randn(tokens, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2))
     up = torch.randn(tokens, 32, generator=generator)
 
-    ours = _attention(backend)(q, k, v, None, packed_seq_params=sequences)
+    ours = _attention(backend, window)(q, k, v, None, packed_seq_params=sequences)
     gradients = torch.autograd.grad(ours, (q, k, v), up)
 
     # The same with each branch spelled out behind a copy of its prefix, of which no output is looked at.
@@ -80,7 +97,7 @@ def test_a_shared_prefix_is_the_same_as_one_prefix_for_each_row(
     rows = [torch.cat([roots[number], end]) for number, end in zip(of, ends, strict=True)]
     unrolled = torch.cat([torch.arange(first), *rows])
     lengths = [*whole, *prefixes, *map(len, rows)]
-    dense = _dense(q[unrolled], k[unrolled], v[unrolled], lengths)
+    dense = _dense(q[unrolled], k[unrolled], v[unrolled], lengths, window)
     is_own = torch.cat([torch.ones(first, dtype=torch.bool), *(r >= first for r in rows)])
     torch.testing.assert_close(ours, dense[is_own], atol=2e-6, rtol=1e-5)
     for mine, theirs in zip(gradients, torch.autograd.grad(dense[is_own], (q, k, v), up), strict=True):

@@ -1,0 +1,185 @@
+"""One function for each family of models: its config.json -> the MODEL flags.
+
+What the model code could not compute exactly (other activations, biases elsewhere, unknown scalings of RoPE) is refused here
+by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .layer_pattern import repeated
+from .problem import shown
+
+HfConfig = Mapping[str, Any]
+Family = Callable[[HfConfig], dict[str, Any]]
+
+#: model_type -> MODEL values.
+FAMILIES: dict[str, Family] = {}
+
+
+class Unsupported(Exception):
+    """`<key> <value>: <why>`"""
+
+
+def _family(*names: str) -> Callable[[Family], Family]:
+    def register(function: Family) -> Family:
+        FAMILIES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@_family("llama")
+def _llama(hf: HfConfig) -> dict[str, Any]:
+    _refuse(hf, "attention_bias", False, "biases of attention are not built for this family")
+    _refuse(hf, "mlp_bias", False, "biases of the MLP are not built")
+    return _decoder(hf)
+
+
+@_family("mistral")
+def _mistral(hf: HfConfig) -> dict[str, Any]:
+    # Where the file says nothing, the model's code has a window of 4096.
+    width = hf.get("sliding_window", 4096)
+    kind = "full_attention" if width is None else "sliding_attention"
+    return _decoder(hf) | _window(width, [kind] * hf["num_hidden_layers"])
+
+
+@_family("qwen2")
+def _qwen2(hf: HfConfig) -> dict[str, Any]:
+    return _decoder(hf) | _qwen_window(hf) | {"add_qkv_bias": True}
+
+
+@_family("qwen3")
+def _qwen3(hf: HfConfig) -> dict[str, Any]:
+    _refuse(hf, "attention_bias", False, "biases of attention are not built for this family")
+    # Qwen3's class default; released files always write it.
+    head_dim = hf.get("head_dim", 128)
+    return _decoder(hf) | _qwen_window(hf) | {"qk_layernorm": True, "kv_channels": head_dim}
+
+
+def _decoder(hf: HfConfig) -> dict[str, Any]:
+    """What the families share: pre-norm, RoPE, grouped-query attention, gated SiLU, no biases."""
+    _refuse(hf, "hidden_act", "silu", "only the gated SiLU MLP is built")
+    heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    return {
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hidden,
+        "ffn_hidden_size": hf["intermediate_size"],
+        "num_attention_heads": heads,
+        "group_query_attention": kv_heads < heads,
+        "num_query_groups": kv_heads,
+        "kv_channels": hf.get("head_dim") or hidden // heads,
+        "qk_layernorm": False,
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "norm_epsilon": float(hf.get("rms_norm_eps", 1e-6)),
+        "use_rotary_position_embeddings": True,
+        **_rope(hf),
+        "disable_bias_linear": True,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": not hf.get("tie_word_embeddings", False),
+        "vocab_size": hf["vocab_size"],
+        "max_position_embeddings": hf["max_position_embeddings"],
+    }
+
+
+#: Scalings of RoPE -> the numbers that each is made of; those with a default may be left out.
+_SCALINGS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "linear": {"factor": None},
+    "llama3": {
+        "factor": None,
+        "low_freq_factor": None,
+        "high_freq_factor": None,
+        "original_max_position_embeddings": None,
+    },
+    "yarn": {
+        "factor": None,
+        "original_max_position_embeddings": None,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.0,
+        "mscale_all_dim": 0.0,
+        "attention_factor": 0.0,
+        "truncate": True,
+    },
+}
+
+
+def _rope(hf: HfConfig) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
+    parameters: HfConfig = hf.get("rope_parameters") or {}
+    scaling: HfConfig = hf.get("rope_scaling") or {}
+    theta: Any = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
+    theta = float(theta)
+    if theta != int(theta):
+        raise Unsupported(f"rope_theta {theta}: --rotary-base is a whole number")
+    share: Any = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    values: dict[str, Any] = {"rotary_base": int(theta), "rotary_percent": float(share)}
+    for key, given in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind == "default":
+            continue
+        wanted = _SCALINGS.get(str(kind))
+        if wanted is None:
+            known = ", ".join(name for name in _SCALINGS if name != "default")
+            raise Unsupported(f"{key} of type {_plain(kind)}: of scaled rotary embeddings {known} are built")
+        found: dict[str, Any] = {"rope_type": kind}
+        for name, default in wanted.items():
+            value = given.get(name)
+            if value is None:
+                value = _default_of_scaling(hf, name) if default is None else default
+            if not _fits_scaling(value, like=default):
+                raise Unsupported(f"{name} {_plain(value)} of {key}: scaling {kind} needs another value there")
+            found[name] = value
+        values["rope_scaling"] = found
+    return values
+
+
+def _fits_scaling(value: Any, *, like: Any) -> bool:
+    if isinstance(like, bool):
+        return isinstance(value, bool)
+    return type(value) in (int, float) and math.isfinite(value) and (value > 0 or (value == 0 and like is not None))
+
+
+def _default_of_scaling(hf: HfConfig, name: str) -> Any:
+    """What a file that leaves a number of its scaling out means by that. Raises KeyError."""
+    if name == "original_max_position_embeddings":
+        return hf.get(name) or hf["max_position_embeddings"]
+    raise KeyError(name)
+
+
+def _qwen_window(hf: HfConfig) -> dict[str, Any]:
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else hf["num_hidden_layers"]
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(hf["num_hidden_layers"])]
+    return _window(hf.get("sliding_window") if hf.get("use_sliding_window") else None, kinds)
+
+
+def _window(width: int | None, kinds: list[str]) -> dict[str, Any]:
+    """Attention to the last `width` tokens, a token itself among them, in the layers that `kinds` calls sliding."""
+    other = set(kinds) - {"full_attention", "sliding_attention"}
+    if other:
+        raise Unsupported(f"layer_types {', '.join(sorted(other))}: only full and sliding attention are built here")
+    sliding = [int(kind == "sliding_attention") for kind in kinds]
+    if not any(sliding):
+        return {}
+    if width is None:
+        raise Unsupported("layer_types sliding_attention: sliding_window does not say how wide the window is")
+    values: dict[str, Any] = {"window_size": (width - 1, 0)}
+    return values if all(sliding) else values | {"window_attn_skip_freq": repeated(sliding)}
+
+
+def _refuse(hf: HfConfig, key: str, allowed: Any, why: str) -> None:
+    value = hf.get(key, allowed)
+    if value != allowed:
+        raise Unsupported(f"{key} {_plain(value)}: {why}")
+
+
+def _plain(value: Any) -> str:
+    return value[:100] if isinstance(value, str) else shown(value)

@@ -1,0 +1,96 @@
+"""A tiny random HF model of each family, and what docs/models.md says that it is checked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 131
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": None,
+}
+#: Of Llama 3.1, but for a first context so short that the tests' positions reach every part of the curve.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+def _qwen2(**options: Any) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**_SIZES | options))
+
+
+def _qwen3(**options: Any) -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**_SIZES | {"head_dim": 32} | options))
+
+
+def _llama(**options: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**_SIZES | options))
+
+
+def _mistral(**options: Any) -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**_SIZES | {"sliding_window": None} | options))
+
+
+#: Case -> its model. The first word is the family.
+CASES: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen2": lambda: _qwen2(),
+    "qwen2 tied": lambda: _qwen2(tie_word_embeddings=True),
+    "qwen2 window": lambda: _qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": lambda: _qwen3(),
+    "qwen3 tied": lambda: _qwen3(tie_word_embeddings=True),
+    "qwen3 yarn": lambda: _qwen3(rope_parameters=_YARN),
+    "llama": lambda: _llama(),
+    "llama 3.1": lambda: _llama(rope_parameters=_LLAMA3),
+    "llama 3.2 tied": lambda: _llama(rope_parameters=_LLAMA3, tie_word_embeddings=True, head_dim=32),
+    "llama linear": lambda: _llama(rope_parameters=_LINEAR),
+    "mistral": lambda: _mistral(head_dim=32),
+    "mistral window": lambda: _mistral(sliding_window=7, head_dim=8),
+}
+
+
+def make_model(case: str, seed: int = 0) -> PreTrainedModel:
+    """fp32, with weights that are nowhere trivial: norms off 1, biases off 0."""
+    torch.manual_seed(seed)
+    model = CASES[case]().float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
+    return model
+
+
+def save_model(case: str, directory: Path) -> PreTrainedModel:
+    model = make_model(case)
+    model.save_pretrained(directory)
+    return model
