@@ -13,9 +13,14 @@ from typing import Any
 
 import orjson
 import psutil
+import torch
+from safetensors.torch import load_file
 
 from miles.observe import MetricsFile
 from miles.observe.catalogue import describe
+
+#: Metrics that differ from run to run.
+TIMED = ("perf/", "memory/")
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -107,6 +112,31 @@ def train(argv: list[str], run_dir: Path, *, timeout_s: float = 150) -> Finished
         output, _ = process.communicate()
         raise AssertionError(f"train.py did not end within {timeout_s} s:\n{output}") from None
     return Finished(process.returncode, output, run_dir)
+
+
+def check_continues_exactly(whole: Finished, argv: list[str], tmp_path: Path, *, iteration: int) -> None:
+    """A run of the same flags, from checkpoint `iteration` of `whole`, makes what `whole` made after it, to the last bit.
+
+    `argv` is that of `whole`, with --save and --save-hf.
+    """
+    last = {flag: argv[len(argv) - 1 - argv[::-1].index(flag) + 1] for flag in ("--save", "--save-hf")}
+    again = tmp_path / "again"
+    ours = {"--save": str(again / "ckpt"), "--save-hf": str(again / Path(last["--save-hf"]).name)}
+    start = Path(last["--save"]) / f"iter_{iteration:07d}"
+    moved = [*argv, "--load", str(start), *(word for pair in ours.items() for word in pair)]
+    continued = train(moved, tmp_path / "again-run").check()
+    expected = [line for line in whole.metrics if line["step"] > iteration and "train/global_step" in line]
+    made = [line for line in continued.metrics if "train/global_step" in line]
+    assert expected
+    for a, b in zip(expected, made, strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith(TIMED)} == {
+            k: v for k, v in b.items() if not k.startswith(TIMED)
+        }
+    exported = sorted(path.name for path in again.iterdir() if path.name != "ckpt")
+    first, second = (
+        load_file(parent / exported[-1] / "model.safetensors") for parent in (Path(last["--save-hf"]).parent, again)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def family(pid: int) -> list[psutil.Process]:
