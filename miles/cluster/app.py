@@ -244,11 +244,13 @@ class App:
         return generated.shards
 
     def train(self, rollout_id: int, shards: Sequence[Any]) -> None:
-        """All optimizer steps of the rollout."""
+        """All optimizer steps of the rollout; where there are engines, `publish_weights` has to follow."""
         if self.trainers is None:
             return
-        with self._phase("train", rollout_id + 1):
-            trained = self.trainers.train(shards)
+        step = rollout_id + 1
+        with self._phase("train", step):
+            engines = self._engines.addresses
+            trained = self.trainers.train(shards, then_publish=(engines, str(step)) if engines else None)
             self.tracker.add(trained.metrics)
             self._traces.write_training(rollout_id, trained.log_probs)
 

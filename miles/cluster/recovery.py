@@ -151,6 +151,8 @@ class EngineRecovery:
         number = self._engines.processes.index(process)
         self._waiting.setdefault(number, time.monotonic())
         self._manager.take_out_engine(process.name, str(found.error))
+        if self._trainers is not None:
+            self._trainers.engine_replaced()
         self._supervisor.end_server_of(process)
         self._supervisor.forget(process)
         self._told.discard(process)

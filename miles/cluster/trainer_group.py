@@ -1,13 +1,15 @@
 """The trainers: one Ray actor per rank, driven together.
 
 driver --train(batch shards)--> every rank --collectives--> metrics
-driver --publish(version)-----> every rank gathers, the main rank streams buckets to the engines
+       --publish(version)-----> every rank gathers, the main rank streams buckets to the engines; may be called together
+                                with `train`, and then begins once all ranks have trained
 driver --save(directory)------> every rank writes its shards, then the main rank makes them current
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ import torch
 
 from miles.config import Config, import_plugins
 from miles.engines.client import EngineClient
-from miles.errors import CheckpointError
+from miles.errors import CheckpointError, EngineError
 from miles.interfaces import WeightTransport
 from miles.observe import open_process_log
 from miles.trainers import make_trainer
@@ -41,6 +43,16 @@ class Trained:
     metrics: dict[str, float]
     log_probs: dict[int, np.ndarray]
     """Of the traced samples, by position in the rollout: the trainer's, before the first update."""
+
+
+@dataclass
+class _Publication:
+    """One that runs, or waits for the end of the training before it."""
+
+    version: WeightVersion
+    calls: dict[Process, ray.ObjectRef]
+    to_former_engines: bool = False
+    """One of the engines it goes to has been replaced since."""
 
 
 class TrainerActor:
@@ -97,8 +109,14 @@ class TrainerActor:
     def drop_reference(self) -> None:
         self.trainer.drop_reference()
 
-    def publish(self, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats | None:
-        """Every rank gathers its part of each tensor; the main rank sends. Returns the main rank's figures."""
+    def publish(
+        self, engines: Sequence[EngineAddress], version: WeightVersion, *trained: Trained
+    ) -> PublishStats | None:
+        """Every rank gathers its part of each tensor; the main rank sends. Returns the main rank's figures.
+
+        trained: of all ranks, where this is called before they have trained: Ray waits for them, and makes no call where one
+        has failed.
+        """
         weights = self.trainer.named_weights()
         if self.rank != 0:
             for _ in weights:
@@ -173,6 +191,7 @@ class TrainerGroup:
         self.config = config
         self._limit_s = config.cluster.wait_timeout
         self.look: Look | None = None
+        self._begun: _Publication | None = None
         cpu_threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         env = {
             "TORCHDYNAMO_DISABLE": "1",
@@ -195,7 +214,9 @@ class TrainerGroup:
         return len(self.processes)
 
     def _all(self, what: str, call: Callable[[Any, int], ray.ObjectRef]) -> list[Any]:
-        calls = {process: call(process.handle, rank) for rank, process in enumerate(self.processes)}
+        return self._wait({process: call(process.handle, rank) for rank, process in enumerate(self.processes)}, what)
+
+    def _wait(self, calls: dict[Process, ray.ObjectRef], what: str) -> list[Any]:
         return wait_for(calls, what=what, limit_s=self._limit_s, look=self.look)
 
     def start(self, total_steps: int, run_dir: Path, resume_from: Path | None, first_rollout: int) -> None:
@@ -220,10 +241,24 @@ class TrainerGroup:
                 f"driver: they read different checkpoints; --load must be a directory that all nodes share"
             )
 
-    def train(self, shards: Sequence[ray.ObjectRef]) -> Trained:
-        """All optimizer steps of one rollout; `shards[i]` holds data-parallel rank i's `TrainBatch`."""
+    def train(
+        self,
+        shards: Sequence[ray.ObjectRef],
+        then_publish: tuple[Sequence[EngineAddress], WeightVersion] | None = None,
+    ) -> Trained:
+        """All optimizer steps of one rollout; `shards[i]` holds data-parallel rank i's `TrainBatch`.
+
+        then_publish: engines and the version of the weights that come out. The ranks go on to that publication at once,
+        without the driver's word between; `publish` waits for it, and has to be called.
+        """
         # One rank per data-parallel shard: with TP, PP or CP above 1 several ranks will be handed the same shard.
-        ranks: list[Trained] = self._all("the training step", lambda h, rank: h.train.remote(shards[rank]))
+        calls = {process: process.handle.train.remote(shards[rank]) for rank, process in enumerate(self.processes)}
+        if then_publish is not None:
+            engines, version = then_publish
+            self._begun = _Publication(
+                version, {p: p.handle.publish.remote(engines, version, *calls.values()) for p in self.processes}
+            )
+        ranks: list[Trained] = self._wait(calls, "the training step")
         return Trained(
             ranks[0].metrics,
             {position: values for rank in ranks for position, values in rank.log_probs.items()},
@@ -242,9 +277,22 @@ class TrainerGroup:
         return self._all(f"evaluation {name}", lambda h, rank: h.evaluate.remote(shards[rank]))[0]
 
     def publish(self, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats:
-        return self._all(
-            f"weights of version {version} to the engines", lambda h, _: h.publish.remote(engines, version)
-        )[0]
+        """Returns once every engine serves `version`: at the end of the publication that `train` began, or of a new one."""
+        what = f"weights of version {version} to the engines"
+        begun, self._begun = self._begun, None
+        if begun is not None and begun.to_former_engines:
+            # Ranks must not meet in two publications at once.
+            with contextlib.suppress(EngineError):
+                self._wait(begun.calls, f"weights of version {version} to the engines, as they were before")
+        elif begun is not None:
+            assert begun.version == version, (begun.version, version)
+            return self._wait(begun.calls, what)[0]
+        return self._all(what, lambda h, _: h.publish.remote(engines, version))[0]
+
+    def engine_replaced(self) -> None:
+        """A publication that has begun reaches one engine less: the next `publish` is made anew."""
+        if self._begun is not None:
+            self._begun.to_former_engines = True
 
     def save(self, directory: str, iteration: int, extra: dict[str, Any]) -> None:
         """Returns once the checkpoint of `iteration` is whole on disk and current."""
