@@ -13,8 +13,9 @@ A reward type is a name, a name with the prefix, or several with commas: `math,f
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +163,13 @@ def offered(rm_type: str, sample: Sample, **more: Any) -> dict[str, Any]:
 
 def call(function: Callable[..., Any], args: Args, subject: Any, **offered: Any) -> Any:
     """`function(args, subject)` with those of the offered keywords that it can take."""
+    taken = (_keywords if isinstance(function, Hashable) else _keywords.__wrapped__)(function)
+    return function(args, subject, **(offered if taken is None else {k: v for k, v in offered.items() if k in taken}))
+
+
+@functools.cache  # asked for every sample
+def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names that it takes; None where it takes any."""
     parameters = inspect.signature(function).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        offered = {k: v for k, v in offered.items() if k in parameters}
-    return function(args, subject, **offered)
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return None if any_name else frozenset(parameters)

@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ class Scorer:
     ) -> list[str]:
         tracebacks: list[str] = []
         by_target: dict[Target, list[int]] = {}
-        inline: list[tuple[int, Rule, str]] = []
+        waits: list[Awaitable[list[str]]] = []
         several: list[tuple[int, list[str]]] = []
         for i in open_:
             try:
@@ -87,15 +87,19 @@ class Scorer:
                     continue
                 rule = registry.find(target.name)
                 if rule.inline:
-                    inline.append((i, rule, target.name))
+                    # Without a task for each where there is nothing to wait for: the last answers' rewards hold up the step.
+                    result = self._call_inline(samples[i], seeds[i], rule, target.name)
+                    if inspect.isawaitable(result):
+                        waits.append(self._take_awaited(samples[i], result, target.name))
+                    else:
+                        _take(samples[i], result, target.name)
                 elif rule.quick is None or (verdict := rule.quick(samples[i])) is None:
                     by_target.setdefault(target, []).append(i)
                 else:
                     samples[i].reward = verdict
-            except MilesError as error:
+            except Exception as error:
                 fail(samples[i], error)
                 tracebacks.append(explain(error))
-        waits = [self._score_inline(samples[i], seeds[i], rule, name) for i, rule, name in inline]
         waits += [
             self._score_in_worker([samples[i] for i in group], [seeds[i] for i in group], target, source)
             for target, group in by_target.items()
@@ -137,13 +141,14 @@ class Scorer:
             )
         return Target("rule", rm_type)
 
-    async def _score_inline(self, sample: Sample, seed: int, rule: Rule, rm_type: str) -> list[str]:
+    def _call_inline(self, sample: Sample, seed: int, rule: Rule, rm_type: str) -> Any:
+        offered = registry.offered(rm_type, sample, seed=seed, timeout_s=self._limit_s(rule))
+        return registry.call(rule.function, self._args, sample, **offered)
+
+    @staticmethod
+    async def _take_awaited(sample: Sample, result: Awaitable[Any], rm_type: str) -> list[str]:
         try:
-            offered = registry.offered(rm_type, sample, seed=seed, timeout_s=self._limit_s(rule))
-            result = registry.call(rule.function, self._args, sample, **offered)
-            if inspect.isawaitable(result):
-                result = await result
-            (sample.reward,) = check_rewards([result], 1, rm_type)
+            _take(sample, await result, rm_type)
         except Exception as error:
             fail(sample, error)
             return [explain(error)]
@@ -187,6 +192,10 @@ class Scorer:
                     sample.status, sample.error = Status.FAILED, f"reward {target.name}: {outcome.error}"
                 tracebacks.append(outcome.traceback or f"reward {target.name}: {outcome.error}")
         return tracebacks
+
+
+def _take(sample: Sample, reward: Any, rm_type: str) -> None:
+    (sample.reward,) = check_rewards([reward], 1, rm_type)
 
 
 def _merge(sample: Sample, names: Sequence[str], copies: Sequence[Sample]) -> None:
