@@ -111,9 +111,9 @@ def split(step: dict[str, list[Span]]) -> dict[str, float]:
         "batch": total("manager.batch"),
         "manager": last - first - total("manager.rollout") - total("manager.batch"),
         "call manager": total("driver.rollout") - (last - first),
-        "call trainers": total("driver.train") - training,
+        # The publication is called together with the training, and begins while the driver still hears of its end.
+        "call trainers": total("driver.train") + total("driver.publish") - training - longest("trainer.connected"),
         "connections": longest("trainer.connected") - publication,
-        "call publish": total("driver.publish") - longest("trainer.connected"),
         # Samples and traces are written while the trainers work; what is left to wait for is in here.
         "files, metrics": total("driver.finish"),
     }
