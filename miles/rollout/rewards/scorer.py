@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from miles.errors import HookError, MilesError
+from miles.errors import HookError
 from miles.interfaces import Args
 from miles.rollout.failures import explain
 from miles.types import Sample, Status, reward_parts
