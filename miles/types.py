@@ -33,6 +33,16 @@ GREEDY_REWARD = "greedy_reward"
 CHANNEL = "_channel"
 #: ... and by how much a reward model should tell a pair apart.
 MARGIN = "_margin"
+#: Likewise, of distillation: which of `Author` the answer is of.
+ANSWERED_BY = "_answered_by"
+
+
+class Author(enum.StrEnum):
+    """Who answers a row of distillation."""
+
+    DATA = "data"
+    STUDENT = "student"
+    TEACHER = "teacher"
 
 
 class Status(enum.Enum):
@@ -213,7 +223,8 @@ class TrainBatch:
     Row columns `[B]` (in `rows`): `total_lengths` i64, `response_lengths` i64, `rewards` f32 (after group
     normalisation), `raw_rewards` f32, `temperature` f32, `loss_weight` f32, `sample_index` i64, `trajectory_id` i64,
     `group_index` i64, `position` i64 (of the sample in the rollout, samples that are not sent included); `channel` i64,
-    which of `metadata["channels"]` the row belongs to, where there are channels. Ragged columns (in `ragged`): `tokens` i64
+    which of `metadata["channels"]` the row belongs to, where there are channels; `own_answer` u8, whether the policy's engines
+    answered it, where distillation mixes such rows with others. Ragged columns (in `ragged`): `tokens` i64
     `[T]`, split by `total_lengths`; `loss_mask` u8, `rollout_log_probs` f32 and `loss_scale` f32 `[R]`, split by
     `response_lengths`. The response is the last `response_lengths` tokens of a row. `rollout_log_probs` is absent when a row
     lacks it, `loss_scale` when all of it is 1.
@@ -294,6 +305,8 @@ class LossInputs:
     """[B] with gradient, of a scalar head."""
     divergence: torch.Tensor | None = None
     """[R] with gradient, of the teacher's next-token distributions and the policy's."""
+    own_answer: torch.Tensor | None = None
+    """[B] bool: the policy answered the row itself. None is no row."""
     channel: torch.Tensor | None = None
     """[B] int64, number of the row's channel, by which supervised losses are reported."""
     channels: tuple[str, ...] = ()

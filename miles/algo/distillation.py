@@ -16,7 +16,7 @@ from miles.interfaces import Reduce
 from miles.types import LossInputs, LossOutputs
 
 from .metrics import SCORED_TOKENS, TOTAL_WEIGHT, mean, own_mean, total
-from .reductions import identity, masked_sum
+from .reductions import identity, masked, masked_sum
 from .supervised import channel_weights
 from .terms import required, trained_tokens
 
@@ -51,14 +51,17 @@ def generalized_jsd(
 def gkd_loss(inputs: LossInputs, sft_alpha: float = 0.0) -> LossOutputs:
     """`sum_t w_t (divergence_t - sft_alpha log p_t)` over the trained tokens. arXiv 2306.13649.
 
-    `divergence` [R] is `generalized_jsd` of each token's distributions. Metrics: `divergence` and `nll`, means by
+    Rows of `inputs.own_answer` have no term in `sft_alpha`: the student has nothing to imitate in its own answers. `divergence` [R] is `generalized_jsd` of each token's distributions. Metrics: `divergence` and `nll`, means by
     `token_weight`, and each as `<name>_<channel>` over the tokens of each of `inputs.channels`. Raises ValueError where the divergence is missing.
     """
     tokens = trained_tokens(inputs)
     mask, weight = tokens.loss_mask, tokens.token_weight
     values = divergence = required(tokens.divergence, "divergence", "--loss-type gkd")
     if sft_alpha:
-        values = values - sft_alpha * tokens.log_probs
+        imitated = tokens.log_probs
+        if tokens.own_answer is not None:
+            imitated = masked(imitated, ~tokens.own_answer.index_select(0, tokens.row))
+        values = values - sft_alpha * imitated
     metrics = {
         "divergence": mean(divergence, mask, weight),
         "nll": mean(-tokens.log_probs, mask, weight),

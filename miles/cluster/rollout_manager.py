@@ -36,7 +36,7 @@ from miles.engines.pool import EnginePool
 from miles.errors import CheckpointError
 from miles.observe import RunDir, open_process_log
 from miles.observe.report.trace import MAX_TOKENS, TokenTexts, TracedSample, TraceFiles, choose_samples
-from miles.rollout import DatasetRollout, LogHooks, Rollout, channels_of, load_eval_rows
+from miles.rollout import DatasetRollout, LogHooks, Rollout, channels_of, load_eval_rows, training_channels
 from miles.types import RolloutOutput, Sample, SampleGroup, TrainBatch, WeightVersion
 
 from .actors import Beat, actor, all_stacks, control, sign_of_life
@@ -88,6 +88,7 @@ class RolloutManagerActor:
         self._dataset: DatasetRollout | None = None
         self._eval_shards: dict[str, tuple[ray.ObjectRef, ...]] = {}
         self._channels: tuple[str, ...] = ()
+        self._eval_channels: tuple[str, ...] = ()
         self._pool: EnginePool | None = None
         self._engines: Sequence[EngineAddress] = ()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -109,7 +110,7 @@ class RolloutManagerActor:
         self._cache: ReferenceCache | None = None
         self._unscored: list[list[TrainBatch]] = []
         if prompts is not None and job_of(config).rows != "prompts":
-            self._channels = channels_of(prompts)
+            self._channels, self._eval_channels = training_channels(config, prompts), channels_of(prompts)
 
     async def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
         """Connects to the engines and, when the run continues a checkpoint, takes up its `state`."""
@@ -117,12 +118,14 @@ class RolloutManagerActor:
         if self.source is not None:
             if state:
                 self.source.load_state_dict(state["source"])
-            if job_of(self.config).rows != "prompts":
-                assert self.config.rollout.rollout_batch_size is not None
-                self._dataset = DatasetRollout(self.source, num_groups=self.config.rollout.rollout_batch_size)
+            job = job_of(self.config)
+            if job.rows != "prompts":
                 self._cache = reference_cache(self.config, self.run_dir.path)
                 if self._cache is None:
                     self._eval_shards = self._evaluation_batches()
+            if not job.generates:
+                assert self.config.rollout.rollout_batch_size is not None
+                self._dataset = DatasetRollout(self.source, num_groups=self.config.rollout.rollout_batch_size)
                 return
             cluster = self.config.cluster
             self._pool = EnginePool(
@@ -223,7 +226,7 @@ class RolloutManagerActor:
         # Samples are numbered within each data set, so no batch is made of two.
         for groups in (
             own.get_samples(len(self._prompts.prompts)),
-            *(groups for _, groups in load_eval_rows(self.config, self.tokenizer, self._channels)),
+            *(groups for _, groups in load_eval_rows(self.config, self.tokenizer, self._eval_channels)),
         ):
             for start in range(0, len(groups), UNSCORED_GROUPS):
                 batches = self._build(groups[start : start + UNSCORED_GROUPS])
@@ -243,8 +246,9 @@ class RolloutManagerActor:
 
     def _build(self, groups: list[SampleGroup]) -> list[TrainBatch]:
         """Finished groups as one optimizer step, one batch for each data-parallel rank."""
+        own = self._eval_channels
         return build_batches(
-            groups, config=self.config, rollout_id=0, dp_size=self.dp_size, as_one_step=True, channels=self._channels
+            groups, config=self.config, rollout_id=0, dp_size=self.dp_size, as_one_step=True, channels=own
         ).batches
 
     def _with_reference(self, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
@@ -253,7 +257,7 @@ class RolloutManagerActor:
     def _evaluation_batches(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
         """Rows of each evaluation data set, one shard for each data-parallel rank: they are the same at every step."""
         found = {}
-        for dataset, groups in load_eval_rows(self.config, self.tokenizer, self._channels):
+        for dataset, groups in load_eval_rows(self.config, self.tokenizer, self._eval_channels):
             found[dataset.name] = tuple(map(ray.put, self._with_reference(self._build(groups))))
         return found
 

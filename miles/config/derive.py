@@ -128,7 +128,7 @@ def _prompt_column(draft: Draft) -> None:
 def _lengths(draft: Draft) -> None:
     v = draft.values
     limit, engine_limit = v["max_position_embeddings"], v["sglang_args"].get("context_length")
-    if not find_job(v["loss_type"], online=v["online_preferences"]).engines and v["seq_length"] is not None:
+    if find_job(v["loss_type"], online=v["online_preferences"]).rows != "prompts" and v["seq_length"] is not None:
         draft.fill("rollout_max_context_len", min(v["seq_length"], limit or v["seq_length"]), "--seq-length")
     if isinstance(engine_limit, int) and (limit is None or engine_limit < limit):
         draft.fill("rollout_max_context_len", engine_limit, "--sglang-context-length")

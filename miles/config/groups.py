@@ -414,8 +414,10 @@ class GkdArgs:
     """Divergence: 0 is KL(teacher, student), 1 KL(student, teacher), between them the generalised Jensen-Shannon divergence."""
     gkd_temperature: float = 1.0
     """Divides the logits of both."""
+    gkd_lmbda: float = 0.0
+    """Share of the rows that the student's engines answer, 0 to 1; the others are trained on as they are. Which ones follows from --rollout-seed and the row's number alone."""
     sft_alpha: float = 0.0
-    """Weight of the rows' own likelihood beside it."""
+    """Weight of the answers' likelihood beside it, of rows that the student did not answer itself."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ class Job:
     one is preferred, or an answer with a judgement."""
     engines: bool = False
     """Engines are started and get the weights."""
+    generates: bool = False
+    """Answers are made while it trains, of all rows or of some."""
     rewards: bool = False
     """What is trained on is scored; the scores become advantages."""
     loss_aggregation: str = "seq_mean"
@@ -33,8 +35,7 @@ class Job:
 
 
 JOBS: dict[str, Job] = {
-    "policy_loss": Job("prompts", engines=True, rewards=True),
-    "custom_loss": Job("prompts", engines=True, rewards=True),
+    **dict.fromkeys(("policy_loss", "custom_loss"), Job("prompts", engines=True, generates=True, rewards=True)),
     "sft_loss": Job("conversations", loss_aggregation="token_mean"),
     "gkd": Job("conversations", loss_aggregation="token_mean"),
     **dict.fromkeys(("dpo", "orpo", "simpo", "cpo", "rm"), Job("pairs", preference="pairs")),
@@ -43,27 +44,37 @@ JOBS: dict[str, Job] = {
 
 
 def job_of(config: Config) -> Job:
-    return find_job(config.grpo.loss_type, online=config.preference.online_preferences)
+    job = find_job(config.grpo.loss_type, online=config.preference.online_preferences)
+    return dataclasses.replace(job, engines=True, generates=True) if config.gkd.gkd_lmbda > 0 else job
 
 
 def find_job(loss_type: str, *, online: bool = False) -> Job:
     """The job of a --loss-type; online: what is compared comes from engines and rewards (--online-preferences)."""
     job = JOBS[loss_type]
-    return dataclasses.replace(job, rows="prompts", engines=True, rewards=True) if online else job
+    return dataclasses.replace(job, rows="prompts", engines=True, generates=True, rewards=True) if online else job
 
 
 # ------------------------------------------------------------------------------------------------ which flags a job reads
 
-#: Flags of the engines, and of what is asked of them.
+#: Flags of the engines.
 ENGINE_FLAGS = (
     *(field.name for field in dataclasses.fields(SglangArgs)),
-    *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_stop", "rollout_stop_token_ids"),
-    *("rollout_max_prompt_len", "rollout_max_response_len", "rollout_max_context_len", "rollout_skip_special_tokens"),
-    *("over_sampling_batch_size", "n_samples_per_prompt", "max_failed_sample_fraction"),
-    *("custom_generate_function_path", "custom_generate_timeout", "custom_eval_rollout_log_function_path"),
-    *("eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len", "n_samples_per_eval_prompt"),
     *("colocate", "rollout_engine", "max_engine_restarts", "update_weight_buffer_size"),
     *("check_weight_update_equal", "debug_rollout_only"),
+)
+
+#: Flags of how answers are made ...
+ANSWER_FLAGS = (
+    *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_stop", "rollout_stop_token_ids"),
+    *("rollout_max_response_len", "rollout_max_context_len", "rollout_skip_special_tokens"),
+    *("custom_generate_function_path", "custom_generate_timeout", "max_failed_sample_fraction"),
+)
+
+#: ... and of how prompts are sampled, one by one or in an evaluation.
+PROMPT_FLAGS = (
+    *("rollout_max_prompt_len", "over_sampling_batch_size", "n_samples_per_prompt"),
+    *("eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len", "n_samples_per_eval_prompt"),
+    "custom_eval_rollout_log_function_path",
 )
 
 #: Flags of rewards and of what is done with scored groups.
@@ -99,7 +110,7 @@ POLICY_LOSS_FLAGS = (
 READ_BY: dict[str, tuple[str, ...]] = {
     "sft_token_loss": ("sft_loss",),
     **dict.fromkeys(("loss_scale", "channel_key"), ("sft_loss", "gkd")),
-    **dict.fromkeys(("gkd_beta", "gkd_temperature", "sft_alpha"), ("gkd",)),
+    **dict.fromkeys(("gkd_beta", "gkd_temperature", "gkd_lmbda", "sft_alpha"), ("gkd",)),
     "custom_loss_function_path": ("custom_loss",),
     "overlong_rows": ("sft_loss", "gkd", "dpo", "kto", "orpo", "simpo", "cpo", "rm"),
     "center_rewards_coefficient": ("rm",),
@@ -119,6 +130,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 JOB_RANGES: dict[str, Range] = {
     "gkd_beta": Range(0, 1),
     "gkd_temperature": Range(0, open_low=True),
+    "gkd_lmbda": Range(0, 1),
     "sft_alpha": Range(0),
     "opd_kl_coef": Range(0, open_low=True),
 }
@@ -127,7 +139,11 @@ JOB_RANGES: dict[str, Range] = {
 def flags_are_read_by_the_job(facts: Facts) -> Iterator[Problem]:
     name, job = facts.config.grpo.loss_type, job_of(facts.config)
     flag, fix = f"--loss-type {name}", "leave it out"
-    yield from needs(facts, ENGINE_FLAGS, unless=job.engines, why=f"{flag} starts no engine", fix=fix)
+    no_engine = f"{flag} starts no engine"
+    yield from needs(facts, ENGINE_FLAGS, unless=job.engines, why=no_engine, fix=fix)
+    yield from needs(facts, ANSWER_FLAGS, unless=job.generates, why=no_engine, fix=fix)
+    why = f"{flag} answers a row once, and evaluates rows as they are" if job.generates else no_engine
+    yield from needs(facts, PROMPT_FLAGS, unless=job.rows == "prompts", why=why, fix=fix)
     yield from needs(facts, REWARD_FLAGS, unless=job.rewards, why=f"{flag} scores nothing", fix=fix)
     yield from needs(
         facts, POLICY_FLAGS, unless=job.preference is None and job.rewards, why=f"{flag} has no advantages", fix=fix
@@ -156,6 +172,14 @@ def parts_are_given(facts: Facts) -> Iterator[Problem]:
     )
 
 
+def answers_have_a_prompt(facts: Facts) -> Iterator[Problem]:
+    """Of rows that are answered anew."""
+    config, job = facts.config, job_of(facts.config)
+    if job.generates and job.rows == "conversations" and config.sft.loss_scale == "all":
+        why = "where every message trains, nothing is left to answer"
+        yield Problem("--loss-scale", "all", why, "take assistant or last_round, or leave --gkd-lmbda out")
+
+
 def rows_fit_model(facts: Facts) -> Iterator[Problem]:
     longest, model = facts.config.model.seq_length, facts.config.model.max_position_embeddings
     if "seq_length" in facts.given and longest is not None and model is not None and longest > model:
@@ -163,4 +187,9 @@ def rows_fit_model(facts: Facts) -> Iterator[Problem]:
         yield Problem("--seq-length", longest, why, f"give at most {model}")
 
 
-JOB_RULES: tuple[Rule, ...] = (flags_are_read_by_the_job, parts_are_given, rows_fit_model)
+JOB_RULES: tuple[Rule, ...] = (
+    flags_are_read_by_the_job,
+    parts_are_given,
+    answers_have_a_prompt,
+    rows_fit_model,
+)

@@ -55,13 +55,12 @@ PARTS: tuple[Part, ...] = (
         "score with --rm-type or --custom-rm-path",
     ),
     Part(
-        "distillation on the student's own answers",
+        "a teacher on engines",
         {
-            "gkd-lmbda": "share of rows answered by the student",
             "gkd-seq-kd": "rows answered by the teacher",
             "teacher-urls": "a teacher on engines, with the log-probs of its top tokens",
         },
-        "use --loss-type gkd with --teacher-load on given rows, or --use-opd for the student's own",
+        "use --teacher-load",
     ),
     Part(
         "tensor, pipeline, context and expert parallelism",

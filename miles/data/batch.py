@@ -23,7 +23,18 @@ from miles.config import Config, GrpoArgs, args_view, job_of
 from miles.config.algorithms import BUILT_IN
 from miles.errors import ConfigError, DataError, HookError
 from miles.interfaces import Args
-from miles.types import CHANNEL, GREEDY_REWARD, Sample, SampleGroup, Status, StepTotals, TrainBatch, reward_parts
+from miles.types import (
+    ANSWERED_BY,
+    CHANNEL,
+    GREEDY_REWARD,
+    Author,
+    Sample,
+    SampleGroup,
+    Status,
+    StepTotals,
+    TrainBatch,
+    reward_parts,
+)
 
 from .plan import Plan, plan_batch
 from .row import trajectory_of
@@ -129,6 +140,9 @@ def build_train_batches(
     }
     if channels:
         columns["channel"] = _channels([s for group in groups for s in group], position, channels)
+    if config.gkd.gkd_lmbda > 0:
+        authors = [sample.metadata.get(ANSWERED_BY) for group in groups for sample in group]
+        columns["own_answer"] = np.array([authors[p] == Author.STUDENT for p in position.tolist()], dtype=np.uint8)
     with_log_probs = _has_rollout_log_probs(kept, config.grpo)
     plan = plan_rows(
         kept.total_lengths[sent],

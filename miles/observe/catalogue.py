@@ -202,6 +202,13 @@ GROUPS: tuple[Group, ...] = (
                 "share",
                 "below 0.1; truncated answers are scored as they are",
             ),
+            (
+                "rollout/student_ratio",
+                "share of rows that the student answered (--gkd-lmbda)",
+                "rows of the rollout",
+                "share",
+                "around --gkd-lmbda",
+            ),
         ),
     ),
     Group(

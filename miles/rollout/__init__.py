@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .answers import training_channels
     from .dataset import DatasetRollout, channels_of, load_eval_rows, load_rows
     from .eval_prompts import load_eval_prompts
     from .evaluate import EvalOutput
@@ -29,6 +30,7 @@ __all__ = [
     "load_eval_prompts",
     "load_eval_rows",
     "load_rows",
+    "training_channels",
 ]
 
 # Reward workers import this package too and must start quickly, so the parts are loaded when they are asked for.
@@ -43,6 +45,7 @@ _HOMES = {
     "load_eval_prompts": "eval_prompts",
     "load_eval_rows": "dataset",
     "load_rows": "dataset",
+    "training_channels": "answers",
 }
 
 

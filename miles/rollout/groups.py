@@ -4,7 +4,7 @@
            ^                                     |
            '--- again from the prompt: aborted, or every sample failed ---'
 
-Consumes PENDING samples, which it leaves as they are; produces scored copies. Waits for the engines and for rewards,
+Consumes PENDING samples, which it leaves as they are; produces scored copies. Samples that are COMPLETED already are not generated. Waits for the engines and for rewards,
 each under a limit of its own.
 """
 
@@ -36,7 +36,8 @@ class GroupJob:
     pristine: SampleGroup
     rollout_id: int
     sampling: Sampling
-    rewards: RewardSource
+    rewards: RewardSource | None
+    """None: nothing is scored."""
     evaluation: str | None = None
     with_greedy: bool = False
     """Also make one greedy answer, whose reward goes into every sample's metadata (ReMax)."""
@@ -118,7 +119,10 @@ class GroupRunner:
             for position, sampling in enumerate(samplings)
         ]
         job.enter("generating")
-        if self._hook is None:
+        tracebacks: list[str] = []
+        if all(sample.status is Status.COMPLETED for sample in samples):  # rows with answers
+            trajectories = [[sample] for sample in samples]
+        elif self._hook is None:
             trajectories, tracebacks = await self._generate_group(contexts, samples)
         else:
             results = await asyncio.gather(
@@ -168,6 +172,8 @@ class GroupRunner:
         self, job: GroupJob, contexts: Sequence[GenerationContext], trajectories: list[SampleGroup]
     ) -> list[str]:
         """A trajectory has one reward, that of its last row; its other rows share it."""
+        if job.rewards is None:
+            return []
         heads = [rows[-1] for rows in trajectories]
         seed = self._runtime.config.rollout.rollout_seed
         stream = "reward" if job.evaluation is None else f"reward/{job.evaluation}"

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from miles.config import Config
+from miles.config import Config, job_of
 from miles.errors import WaitTimeout
 from miles.interfaces import DataSource
 from miles.types import RolloutOutput, SampleGroup
@@ -81,7 +81,7 @@ class GroupRollout:
         self._num_samples = self._target * flags.n_samples_per_prompt
         self._in_order = runtime.config.cluster.deterministic_mode
         self._sampling = Sampling.for_training(runtime.config)
-        self._rewards = training_rewards(runtime.config)
+        self._rewards = training_rewards(runtime.config) if job_of(runtime.config).rewards else None
         self._with_greedy = runtime.config.grpo.advantage_estimator == "remax"
 
     async def __call__(self, rollout_id: int) -> RolloutOutput:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from miles.config import Config, load_hook
+from miles.config import Config, job_of, load_hook
 from miles.interfaces import Args, DataSource
 from miles.types import RolloutOutput
 
+from .answers import AnswerSource, author_metrics
 from .context import Runtime, find_eos_token_ids
 from .eval_prompts import load_eval_prompts
 from .evaluate import EvalOutput, Evaluator
@@ -36,6 +37,9 @@ class Rollout:
 
     def __init__(self, config: Config, *, source: DataSource, pool: EnginePool, tokenizer: Any, args: Args):
         self._config = config
+        self._rows = job_of(config).rows
+        if self._rows == "conversations":
+            source = AnswerSource(source, config, tokenizer.decode)
         self._source = source
         self._runtime = Runtime(config, args, pool, tokenizer, find_eos_token_ids(tokenizer, config.ckpt.hf_checkpoint))
         self._stack = AsyncExitStack()
@@ -74,16 +78,20 @@ class Rollout:
             stall_limit_s=stall_limit_s(config),
             on_progress=lambda done, total, tokens: self.on_progress(done, total, tokens),
         )
-        self._evaluator = Evaluator(self._runtime, runner, load_eval_prompts(config, self._runtime.tokenizer))
+        if self._rows == "prompts":
+            self._evaluator = Evaluator(self._runtime, runner, load_eval_prompts(config, self._runtime.tokenizer))
 
     async def generate(self, rollout_id: int) -> RolloutOutput:
         """Training rollout `rollout_id`; see `loop.GroupRollout`."""
         assert self._loop is not None, "start() first"
-        return await self._loop(rollout_id)
+        output = await self._loop(rollout_id)
+        if self._rows == "conversations":
+            output.metrics |= author_metrics(output.groups)
+        return output
 
     async def evaluate(self, rollout_id: int) -> EvalOutput:
         """Scores what is due with the weights that the engines hold; see `evaluate.Evaluator`."""
-        assert self._evaluator is not None, "start() first"
+        assert self._evaluator is not None, "start() first, and rows with answers are evaluated by the trainers"
         return await self._evaluator(rollout_id, self.on_progress)
 
     async def close(self) -> None:

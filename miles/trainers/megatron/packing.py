@@ -62,6 +62,8 @@ class MicroBatch:
     """[R] where each response token is in the batch's response columns."""
     preferences: Preferences | None
     """What the rows say of each other, in a preference job."""
+    own_answer: Tensor | None = None
+    """[B] bool, of rows that the policy answered itself."""
     channel: Tensor | None = None
     """[B] int64"""
     channels: tuple[str, ...] = ()
@@ -153,6 +155,7 @@ def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_
         rollout_log_probs=None if rollout is None else put(rollout[slots]),
         slots=put(slots, np.int64),
         preferences=_preferences(columns, rows, device),
+        own_answer=None if "own_answer" not in columns else put(columns["own_answer"][rows], np.bool_),
         channel=None if "channel" not in columns else put(columns["channel"][rows], np.int64),
         channels=batch.metadata.get("channels", ()),
     )

@@ -251,6 +251,7 @@ class Passes:
             rejected_rows=None if preferences is None else preferences.rejected_rows,
             margin=None if preferences is None else preferences.margin,
             divergence=self._divergence(batch, hidden),
+            own_answer=batch.own_answer,
             channel=batch.channel,
             channels=batch.channels,
         )

@@ -166,3 +166,16 @@ def test_shapes_and_ranges_are_checked() -> None:
         generalized_jsd(torch.zeros(2, 3), torch.zeros(2, 4), 0.5)
     with pytest.raises(ValueError, match="beta"):
         generalized_jsd(torch.zeros(2, 3), torch.zeros(2, 3), 1.5)
+
+
+def test_the_students_own_answers_are_not_imitated() -> None:
+    inputs = make_inputs([-1.0, -2.0, -4.0], [0.25, 0.25, 0.5], [0, 0, 1], [0, 0])
+    inputs = dataclasses.replace(inputs, divergence=torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64))
+    own = dataclasses.replace(inputs, own_answer=torch.tensor([False, True]))
+    divergence = 0.25 * 0.1 + 0.25 * 0.2 + 0.5 * 0.3
+    assert gkd_loss(own).loss.item() == pytest.approx(divergence)
+    assert gkd_loss(inputs, 0.5).loss.item() == pytest.approx(divergence + 0.5 * (0.25 + 0.5 + 2.0))
+    outputs = gkd_loss(own, 0.5)
+    assert outputs.loss.item() == pytest.approx(divergence + 0.5 * (0.25 + 0.5))
+    assert torch.autograd.grad(outputs.loss, own.log_probs)[0].tolist() == [-0.125, -0.125, 0.0]
+    assert finish_metrics(outputs.metrics)["nll"] == pytest.approx(0.25 + 0.5 + 2.0)

@@ -9,12 +9,12 @@ import pytest
 from miles.cluster.placement import Layout
 from miles.config import job_of, make_config
 from miles.config.fields import fields
-from miles.config.jobs import ENGINE_FLAGS, JOBS, READ_BY, REWARD_FLAGS
+from miles.config.jobs import ANSWER_FLAGS, ENGINE_FLAGS, JOBS, PROMPT_FLAGS, READ_BY, REWARD_FLAGS
 from miles.errors import ConfigError
 
 
 def test_the_tables_name_flags_and_loss_types() -> None:
-    assert set(ENGINE_FLAGS) | set(REWARD_FLAGS) | set(READ_BY) <= set(fields())
+    assert {*ENGINE_FLAGS, *ANSWER_FLAGS, *PROMPT_FLAGS, *REWARD_FLAGS, *READ_BY} <= set(fields())
     assert set(JOBS) == set(fields()["loss_type"].choices or ())
     assert {name for names in READ_BY.values() for name in names} <= set(JOBS)
 
@@ -68,3 +68,43 @@ def test_a_loss_of_ones_own_is_the_whole_loss(flags: dict[str, Any]) -> None:
         ConfigError, match="--loss-type custom_loss is the whole loss; leave it out, and write it there"
     ):
         make_config(loss_type="custom_loss", custom_loss_function_path="a.py:f", **flags)
+
+
+# ----------------------------------------------------------------------------------------------------------- distillation
+
+
+def test_engines_answer_rows_of_distillation_where_the_student_has_a_share() -> None:
+    given = make_config(loss_type="gkd", teacher_load="t")
+    mixed = make_config(
+        loss_type="gkd", teacher_load="t", gkd_lmbda=0.1, rollout_temperature=0.5, sglang_server_concurrency=4
+    )
+    assert (job_of(given).engines, job_of(mixed).engines) == (False, True)
+    assert job_of(mixed).rows == "conversations"
+    assert not job_of(mixed).rewards
+    assert Layout.of(given).engine_bundles == ()
+    assert Layout.of(mixed).engine_bundles
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"gkd_lmbda": 1.5}, "--gkd-lmbda, got 1.5: it must be at least 0 and at most 1; choose such a value"),
+        (
+            {"gkd_lmbda": 0.5, "n_samples_per_prompt": 2, "rollout_batch_size": 4, "num_steps_per_rollout": 1},
+            "--n-samples-per-prompt, got 2: --loss-type gkd answers a row once, and evaluates rows as they are; leave it out",
+        ),
+        (
+            {"rollout_temperature": 0.5},
+            "--rollout-temperature, got 0.5: --loss-type gkd starts no engine; leave it out",
+        ),
+        (
+            {"gkd_lmbda": 0.5, "loss_scale": "all"},
+            "--loss-scale, got all: where every message trains, nothing is left to answer; take assistant or last_round, or "
+            "leave --gkd-lmbda out",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_the_students_share(flags: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(loss_type="gkd", teacher_load="t", **flags)
+    assert str(caught.value) == line
