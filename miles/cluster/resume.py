@@ -78,8 +78,14 @@ def look(config: Config, *, num_rollout: int, has_prompts: bool, before: tuple[P
             f"--num-rollout, got {num_rollout}: the checkpoint in --load has {start} rollouts already, "
             f"so there is nothing to train; raise --num-rollout or choose another --load"
         )
-    extra = checkpoints.read_state(choice.checkpoint)["extra"]
-    state = data_state_of(extra, start=start, has_prompts=has_prompts)
+    saved = checkpoints.read_state(choice.checkpoint)
+    checkpoints.check_kind(
+        choice.checkpoint,
+        saved,
+        optimizer=config.optimizer.optimizer,
+        with_critic=config.grpo.advantage_estimator == "ppo",
+    )
+    state = data_state_of(saved["extra"], start=start, has_prompts=has_prompts)
     notes.append(
         f"continuing with rollout {start} (step {start + 1} of {num_rollout}) from {choice.checkpoint}"
         f"{_again(start, before)}"

@@ -205,6 +205,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def check_kind(checkpoint: Path, state: dict[str, Any], *, optimizer: str, with_critic: bool) -> None:
+    """Raises CheckpointError where `state`, the checkpoint's, is of a run that another kind of run cannot continue."""
+    saved = state.get("optimizer")
+    if saved is not None and saved != optimizer:
+        raise CheckpointError(
+            f"--optimizer, got {optimizer}: checkpoint {checkpoint} holds the state of {saved}; "
+            f"take --optimizer {saved}, or start from its weights with --ref-load"
+        )
+    if with_critic and state.get("critic_steps") is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint}, got no critic: a run without one wrote it; start from its weights with --ref-load"
+        )
+
+
 def find(directory: str | Path) -> Path:
     """The current checkpoint of a series, or `directory` itself where it is one. Verified.
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from torch import Tensor
 
 from miles.config.groups import Config, OptimizerArgs
-from miles.errors import CheckpointError
 from miles.trainers import checkpoints
 
 from . import checkpoint, cpu
@@ -67,12 +66,8 @@ class Critic:
         return made | {"critic_grad_norm": made.pop("grad_norm"), "critic_lr": made.pop("lr")}
 
     def load(self, found: Path, *, steps: int, with_optimizer: bool) -> None:
-        """Continues from the critic of a whole checkpoint. Raises CheckpointError where it has none, or does not fit."""
+        """Continues from the critic of a whole checkpoint. Raises CheckpointError where it does not fit."""
         place = found / checkpoint.CRITIC
-        if not place.is_dir():
-            raise CheckpointError(
-                f"checkpoint {found}, got no critic: a run without one wrote it; start from its weights with --ref-load"
-            )
         optimizer = self.learner.optimizer if with_optimizer else None
         checkpoint.load_state(place, model=self.model, optimizer=optimizer, parallel=self._parallel)
         self.learner.continue_from(steps, with_optimizer=with_optimizer)

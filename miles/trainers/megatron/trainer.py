@@ -422,14 +422,11 @@ class MegatronTrainer:
         where the checkpoint does not fit.
         """
         state = checkpoints.read_state(found)
-        saved, ours = state.get("optimizer"), self.config.optimizer.optimizer
-        if saved is not None and saved != ours:
-            raise CheckpointError(
-                f"--optimizer, got {ours}: checkpoint {found} holds the state of {saved}; "
-                f"take --optimizer {saved}, or start from its weights with --ref-load"
-            )
+        checkpoints.check_kind(
+            found, state, optimizer=self.config.optimizer.optimizer, with_critic=self._critic is not None
+        )
         self._load_reference(found)
-        with_optimizer = saved is not None
+        with_optimizer = state.get("optimizer") is not None
         optimizer = self._actor.optimizer if with_optimizer else None
         checkpoint.load_state(found, model=self._model, optimizer=optimizer, parallel=self.parallel)
         if not with_optimizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,23 @@ def test_how_the_run_before_ended_and_what_is_done_again(
         assert notes(tmp_path, before)[-1].endswith("; rollout 4 is done again")
         write(tmp_path, 5)
         assert notes(tmp_path, before)[-1].endswith(name(5))
+
+
+def test_what_another_kind_of_run_cannot_continue_is_refused_before_any_process(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    with pytest.raises(CheckpointError, match=f"{name(2)}, got no critic: a run without one wrote it"):
+        look(config(tmp_path, advantage_estimator="ppo"), num_rollout=60, has_prompts=True, before=None)
+    saved = tmp_path / name(2) / checkpoints.STATE
+    given = {**json.loads(saved.read_text()), "optimizer": "adam"}
+    shutil.rmtree(tmp_path / name(2))
+    checkpoints.partial_directory(tmp_path, 2).mkdir()
+    (checkpoints.partial_directory(tmp_path, 2) / checkpoints.STATE).write_text(json.dumps(given))
+    checkpoints.finish(tmp_path, 2)
+    look(config(tmp_path), num_rollout=60, has_prompts=True, before=None)
+    with pytest.raises(
+        CheckpointError, match=r"--optimizer, got sgd: .* holds the state of adam; take --optimizer adam"
+    ):
+        look(config(tmp_path, optimizer="sgd"), num_rollout=60, has_prompts=True, before=None)
 
 
 def test_a_torn_checkpoint_is_said_put_aside_and_written_again(tmp_path: Path) -> None:
