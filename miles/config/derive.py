@@ -23,9 +23,15 @@ from .problem import Problem
 from .source import DEFAULT, Source
 
 #: MODEL flags that may differ from config.json: they are choices, not shapes of the checkpoint's tensors.
-FREE_MODEL_FLAGS = frozenset({"seq_length", "max_position_embeddings", "make_vocab_size_divisible_by", "spec"})
+FREE_MODEL_FLAGS = frozenset(
+    {
+        *("seq_length", "max_position_embeddings", "make_vocab_size_divisible_by", "spec"),
+        *("moe_router_bias_update_rate", "moe_router_dtype", "moe_router_load_balancing_type", "moe_aux_loss_coeff"),
+        *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion"),
+    }
+)
 #: MODEL flags that are a pattern of layers; one may be written in several ways.
-PATTERN_FLAGS = frozenset({"window_attn_skip_freq"})
+PATTERN_FLAGS = frozenset({"window_attn_skip_freq", "moe_layer_freq"})
 
 
 @dataclass

@@ -60,6 +60,20 @@ def _qwen3(hf: HfConfig) -> dict[str, Any]:
     return _decoder(hf) | _qwen_window(hf) | {"qk_layernorm": True, "kv_channels": head_dim}
 
 
+@_family("qwen3_moe")
+def _qwen3_moe(hf: HfConfig) -> dict[str, Any]:
+    sparse, dense = hf.get("decoder_sparse_step") or 1, set(hf.get("mlp_only_layers") or ())
+    layers = [int(i not in dense and (i + 1) % sparse == 0) for i in range(hf["num_hidden_layers"])]
+    return _qwen3(hf) | {
+        "num_experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        "moe_layer_freq": repeated(layers),
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+    }
+
+
 def _decoder(hf: HfConfig) -> dict[str, Any]:
     """What the families share: pre-norm, RoPE, grouped-query attention, gated SiLU, no biases."""
     _refuse(hf, "hidden_act", "silu", "only the gated SiLU MLP is built")

@@ -64,6 +64,44 @@ class ModelArgs:
     """Longest training sequence in tokens; an error where --rollout-max-context-len allows longer ones. What becomes of longer rows of a data set says --overlong-rows."""
     max_position_embeddings: int | None = None
     """Longest position the model knows."""
+    num_experts: int | None = None
+    """Experts of a mixture-of-experts layer."""
+    moe_layer_freq: str | None = None
+    """Which layers have experts: every N-th from the first, or a list such as [0]*3+[1]*58."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert."""
+    moe_router_topk: int | None = None
+    """Experts of each token."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] | None = None
+    """What turns the router's logits into scores."""
+    moe_router_pre_softmax: bool | None = None
+    """Scores over all experts before the choice, instead of over the chosen ones."""
+    moe_router_num_groups: int | None = None
+    """Groups of experts, of which a token goes to --moe-router-group-topk."""
+    moe_router_group_topk: int | None = None
+    """Groups that a token's experts may be of."""
+    moe_router_topk_scaling_factor: float | None = None
+    """Factor of the chosen scores."""
+    moe_router_enable_expert_bias: bool | None = None
+    """A bias of each expert that counts for the choice alone."""
+    moe_router_bias_update_rate: float = 0.0
+    """How far an optimizer step moves that bias towards balance; 0 leaves it."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = None
+    """Precision of the router; unset, that of the model."""
+    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
+    """Balancing of the experts: aux_loss adds --moe-aux-loss-coeff times the load-balancing loss to the loss."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of that loss, which is a mean over all tokens of an optimizer step."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of the expert that all tokens go to."""
+    moe_shared_expert_gate: bool | None = None
+    """A gate of that expert."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach the ranks of their experts."""
+    moe_grouped_gemm: bool = False
+    """Experts in one kernel, of Transformer Engine."""
+    moe_permute_fusion: bool = False
+    """Tokens sorted by expert in one kernel, of Transformer Engine."""
     spec: tuple[str, ...] | None = None
     """Layer spec by dotted path: MODULE FUNCTION."""
 

@@ -18,7 +18,6 @@ PLANNED_FAMILIES = frozenset(
     [
         "mixtral",
         "qwen2_moe",
-        "qwen3_moe",
         "qwen3_next",
         "deepseek_v2",
         "deepseek_v3",
@@ -89,12 +88,9 @@ _SIZES = (
 )  # fmt: skip
 #: Those that a family may not have, or may have as null.
 _MORE_SIZES = (
-    "num_key_value_heads",
-    "head_dim",
-    "sliding_window",
-    "max_window_layers",
-    "original_max_position_embeddings",
-)
+    "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers", "original_max_position_embeddings",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+)  # fmt: skip
 _NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
 
 
@@ -121,6 +117,11 @@ def _check_kinds(hf: HfConfig, where: str) -> None:
         *(
             (name, v, isinstance(v, list) and all(isinstance(item, str) for item in v), "a list of names")
             for name in ("layer_types",)
+            if (v := hf.get(name)) is not None
+        ),
+        *(
+            (name, v, isinstance(v, list) and all(type(item) is int for item in v), "a list of numbers of layers")
+            for name in ("mlp_only_layers",)
             if (v := hf.get(name)) is not None
         ),
     ]

@@ -8,7 +8,7 @@ from .derive import PATTERN_FLAGS
 from .fields import fields, flatten
 from .layer_pattern import listed
 from .problem import Problem
-from .rule import Facts, Rule
+from .rule import Facts, Range, Rule, needs
 
 
 def patterns_are_of_the_layers(facts: Facts) -> Iterator[Problem]:
@@ -36,4 +36,49 @@ def window_is_before_a_token(facts: Facts) -> Iterator[Problem]:
         yield Problem("--window-size", got, why, "write --window-size 4095 0 for a window of 4096")
 
 
-MODEL_RULES: tuple[Rule, ...] = (patterns_are_of_the_layers, window_is_before_a_token)
+_OF_EXPERTS = (
+    *("moe_router_bias_update_rate", "moe_router_dtype", "moe_router_load_balancing_type", "moe_aux_loss_coeff"),
+    *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion"),
+)
+
+
+def expert_flags_need_experts(facts: Facts) -> Iterator[Problem]:
+    model = facts.config.model
+    has_experts = model.num_experts is not None or facts.config.ckpt.hf_checkpoint is None
+    yield from needs(
+        facts,
+        _OF_EXPERTS,
+        unless=has_experts,
+        why="the model has no experts",
+        fix="leave it out, or train one that has",
+    )
+    yield from needs(
+        facts,
+        ("moe_router_bias_update_rate",),
+        unless=bool(model.moe_router_enable_expert_bias) or model.num_experts is None,
+        why="the model's router has no bias",
+        fix="leave it out",
+    )
+
+
+def balancing_is_of_packed_sequences(facts: Facts) -> Iterator[Problem]:
+    model = facts.config.model
+    if model.moe_aux_loss_coeff and model.moe_router_load_balancing_type != "aux_loss":
+        why = "sequences are packed, and the loss is not computed one by one"
+        if model.moe_router_load_balancing_type == "none":
+            why = "no loss is balanced by it: --moe-router-load-balancing-type is none"
+        yield Problem(
+            "--moe-aux-loss-coeff", model.moe_aux_loss_coeff, why, "add --moe-router-load-balancing-type aux_loss"
+        )
+
+
+MODEL_RULES: tuple[Rule, ...] = (
+    patterns_are_of_the_layers,
+    window_is_before_a_token,
+    expert_flags_need_experts,
+    balancing_is_of_packed_sequences,
+)
+MODEL_RANGES: dict[str, Range] = {
+    "moe_aux_loss_coeff": Range(0),
+    "moe_router_bias_update_rate": Range(0),
+}

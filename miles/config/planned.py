@@ -131,20 +131,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "more model families",
         {
-            "num-experts": "experts of a mixture-of-experts layer",
-            "moe-router-topk": "experts per token",
-            "moe-ffn-hidden-size": "width of one expert",
-            "moe-layer-freq": "which layers have experts",
-            "moe-shared-expert-intermediate-size": "width of the shared expert",
-            "moe-shared-expert-gate": "gate of the shared expert",
-            "moe-router-score-function": "score function of the router",
-            "moe-router-dtype": "dtype of the router",
-            "moe-router-load-balancing-type": "load balancing of the router",
-            "moe-aux-loss-coeff": "weight of the balancing loss",
-            "moe-token-dispatcher-type": "how tokens reach experts",
             "moe-enable-deepep": "DeepEP dispatch",
-            "moe-permute-fusion": "fused permutation",
-            "moe-grouped-gemm": "grouped GEMM of experts",
             "moe-token-drop-policy": "which tokens are dropped at capacity",
             "use-routing-replay": "expert routing of the log-prob pass replayed in training",
             "use-rollout-routing-replay": "the engine's expert routing replayed in training",
@@ -168,7 +155,7 @@ PARTS: tuple[Part, ...] = (
             "padded-vocab-size": "the padded vocabulary chosen by hand",
             "multimodal-keys": "image, video and audio columns",
         },
-        "train a dense model of the Qwen2, Qwen3, Llama or Mistral kind; its shape is read from config.json",
+        "train a family of docs/models.md; its shape is read from config.json",
     ),
     Part(
         "LoRA",
@@ -416,6 +403,8 @@ PLANNED_CHOICES: Mapping[str, Mapping[str, str]] = {
     "opd_type": {"sglang": "a teacher on an engine"},
     "train_backend": {"fsdp": "the FSDP trainer"},
     "optimizer": {"muon": "the Muon optimizer"},
+    "moe_token_dispatcher_type": {"flex": "DeepEP dispatch"},
+    "moe_router_load_balancing_type": {"global_aux_loss": "balance over several steps", "sinkhorn": "another balance"},
 }
 
 

@@ -139,6 +139,9 @@ def _not_in_effect(config: Config, platform: Platform) -> list[NotInEffect]:
     ]
     if not platform.has_gpu and config.perf.attention_backend in ("flash", "fused"):
         found.append(NotInEffect("--attention-backend", config.perf.attention_backend, "kernels of a GPU"))
+    for name in ("moe_grouped_gemm", "moe_permute_fusion"):
+        if getattr(config.model, name) and not platform.has_gpu:
+            found.append(NotInEffect(fields()[name].flag, True, "a kernel of a GPU"))
     if not platform.has_gpu and not config.optimizer.accumulate_allreduce_grads_in_fp32:
         found.append(NotInEffect("--accumulate-allreduce-grads-in-fp32", False, "a CPU's weights are fp32"))
     return found

@@ -19,7 +19,7 @@ from .eval_datasets import eval_datasets
 from .fields import fields, flatten, show
 from .groups import Config
 from .jobs import JOB_RANGES, JOB_RULES, job_of
-from .model_rules import MODEL_RULES
+from .model_rules import MODEL_RANGES, MODEL_RULES
 from .preference_rules import PREFERENCE_RANGES, PREFERENCE_RULES
 from .problem import Problem
 from .reward_rules import REWARD_RANGES, REWARD_RULES
@@ -87,6 +87,7 @@ RANGES: dict[str, Range] = {
     "heartbeat_timeout": Range(3),
     **ALGORITHM_RANGES,
     **CRITIC_RANGES,
+    **MODEL_RANGES,
     **REWARD_RANGES,
     **PREFERENCE_RANGES,
     **JOB_RANGES,

@@ -15,7 +15,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ def cuda_means_cpu() -> Iterator[None]:
         stack.enter_context(_replaced(torch.cuda, "current_device", lambda: _CPU))
         # The checkpoint writer synchronizes the device before it copies.
         stack.enter_context(_replaced(torch.cuda, "synchronize", lambda *_, **__: None))
+        # Experts copy their token counts on a stream of their own; a CPU has none to wait for.
+        stack.enter_context(_replaced(torch.cuda, "Stream", _NoStream))
+        stack.enter_context(_replaced(torch.cuda, "current_stream", _NoStream))
+        stack.enter_context(_replaced(torch.cuda, "stream", nullcontext))
         # Schedules, optimizers and checkpoints make small tensors with `device="cuda"` and pinned memory.
         for name, factory in _patched().items():
             stack.enter_context(_replaced(torch, name, factory))
@@ -81,6 +85,22 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return factory(*args, **kwargs)
 
     return call
+
+
+class _NoStream:
+    """In the place of a CUDA stream: everything has happened already."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self) -> _NoStream:
+        return self
 
 
 def _names_cuda(device: Any) -> bool:

@@ -113,19 +113,35 @@ def _join(shards: Sequence[Tensor], dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """One megatron weight and the HF weights in it; `{layer}` stands for the layer's number in the whole model."""
+    """One megatron weight and the HF weights in it; `{layer}` and `{expert}` stand for their numbers in the whole model."""
 
     megatron: str
     hf: tuple[str, ...]
     layout: Layout
+    stacked: bool = False
+    """The HF weights hold all experts along their first dimension; the layout is that of one expert's piece."""
 
 
 @dataclass(frozen=True)
 class Match:
     """A rule applied to one weight."""
 
-    hf: tuple[str, ...]
-    layout: Layout
+    rule: Rule
+    layer: int
+    expert: int | None
+    """Its number; None where the weight is no expert's."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.rule.layout
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return self.names(self.expert)
+
+    def names(self, expert: int | None) -> tuple[str, ...]:
+        """The HF names of the same weight of another expert."""
+        return tuple(name.format(layer=self.layer, expert=expert) for name in self.rule.hf)
 
 
 #: HF `model_type` (or --model-name) -> rules.
@@ -162,6 +178,21 @@ _DENSE = (
 model_kinds.register("llama", "mistral", "qwen2", "qwen3")(_DENSE)
 
 
+def _experts(fc1: Sequence[str], fc2: Sequence[str]) -> tuple[Rule, ...]:
+    """Of experts that HF keeps one by one, under these names of each; the router is `mlp.gate`."""
+    rules = [_in_layer("mlp.router.weight", ["mlp.gate.weight"], Whole())]
+    for one in ("mlp.experts.local_experts.{expert}.linear_fc%d.weight", "mlp.experts.linear_fc%d.weight{expert}"):
+        rules += [_in_layer(one % 1, fc1, GateUp()), _in_layer(one % 2, fc2, Cut(1))]
+    return tuple(rules)
+
+
+_EXPERTS = _experts(
+    ["mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"],
+    ["mlp.experts.{expert}.down_proj.weight"],
+)
+model_kinds.register("qwen3_moe")((*_DENSE, *_EXPERTS))
+
+
 class NameMap:
     """Finds the rule of a megatron weight."""
 
@@ -170,15 +201,25 @@ class NameMap:
         self.model_type, self.shape = model_type, shape
         self._rules = {rule.megatron: rule for rule in model_kinds.get(model_type)}
 
-    def match(self, megatron_name: str, layer_offset: int = 0) -> Match:
-        """`megatron_name` as this rank's module has it; `layer_offset` layers come before this pipeline stage."""
-        found = re.search(r"\.layers\.(\d+)\.", megatron_name)
-        layer = int(found.group(1)) + layer_offset if found else 0
-        pattern = re.sub(r"\.layers\.\d+\.", ".layers.{layer}.", megatron_name)
+    def match(self, megatron_name: str, layer_offset: int = 0, expert_offset: int = 0) -> Match:
+        """`megatron_name` as this rank's module has it; `layer_offset` layers come before this pipeline stage, and
+        `expert_offset` experts before those of this rank."""
+        layer, pattern = _numbered(megatron_name, _LAYER_NUMBER, "{layer}", layer_offset)
+        expert, pattern = _numbered(pattern, _EXPERT_NUMBER, "{expert}", expert_offset)
         if pattern not in self._rules:
             raise ConfigError(
                 f"weight {megatron_name}, got no HF name: the mapping of {self.model_type!r} does not cover it; "
                 "add a rule to miles/trainers/megatron/hf_names.py"
             )
-        rule = self._rules[pattern]
-        return Match(tuple(name.format(layer=layer) for name in rule.hf), rule.layout)
+        return Match(self._rules[pattern], layer or 0, expert)
+
+
+_LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+#: Of experts one by one, and of those that Transformer Engine computes together.
+_EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
+
+
+def _numbered(name: str, number: re.Pattern[str], placeholder: str, offset: int) -> tuple[int | None, str]:
+    """The number in `name` plus `offset`, and the name with `placeholder` in its place. None where there is none."""
+    found = number.search(name)
+    return (None, name) if found is None else (int(found.group()) + offset, number.sub(placeholder, name))

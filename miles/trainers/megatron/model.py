@@ -20,23 +20,25 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 from torch import Tensor
 
 from miles.config.groups import Config
-from miles.config.layer_pattern import listed
+from miles.config.layer_pattern import expanded, listed
 from miles.errors import ConfigError, HookError
 
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
 from .layers import GatedMLP, LayerNorm, PackedLayer, RMSNorm
+from .moe import Router, moe_fields, moe_spec
 from .parallel import Parallel, ParallelSizes
 from .rope import inverse_frequencies
 
@@ -68,6 +70,7 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         activation_func=F.silu if model.swiglu else F.gelu,
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=bool(model.add_qkv_bias),
+        **moe_fields(model, with_engine=engine),
         window_size=model.window_size,
         window_attn_skip_freq=None if model.window_attn_skip_freq is None else listed(model.window_attn_skip_freq),
         hidden_dropout=0.0,
@@ -111,8 +114,14 @@ def uses_transformer_engine(config: Config, device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and config.perf.attention_backend in ("auto", "fused")
+        and not _has_parts_of_ours(config)
         and importlib.util.find_spec("transformer_engine") is not None
     )
+
+
+def _has_parts_of_ours(config: Config) -> bool:
+    """Whether the model has something that Transformer Engine's layers, as megatron puts them together, do not compute."""
+    return _frequencies(config)[1] != 1.0
 
 
 def shares_prompts(config: Config, device: torch.device) -> bool:
@@ -129,14 +138,29 @@ def layer_spec(config: Config, transformer: TransformerConfig, device: torch.dev
     if config.model.spec is not None:
         return _custom_spec(config, transformer)
     if uses_transformer_engine(config, device):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=transformer.qk_layernorm)
-    layer = local_layer_spec(transformer, backend=config.perf.attention_backend)
-    layers = [layer] * get_num_layers_to_build(transformer)
+        transformer.moe_layer_freq = _layers_of_experts(config)
+        block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True)
+        for layer in block.layer_specs:
+            if isinstance(layer.submodules.mlp.submodules, MoESubmodules):
+                layer.submodules.mlp.submodules.router = Router
+        return block
+    backend = config.perf.attention_backend
+    kinds = [local_layer_spec(transformer, backend=backend, experts=experts) for experts in (False, True)]
+    first = get_transformer_layer_offset(transformer)
+    mine = range(first, first + get_num_layers_to_build(transformer))
+    layers = [kinds[experts] for experts in _layers_of_experts(config)[mine.start : mine.stop]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm_class(transformer))
 
 
-def local_layer_spec(transformer: TransformerConfig, *, backend: str = "auto") -> ModuleSpec:
-    """A dense layer of megatron's own parts, with norms and packed attention that run on any device."""
+def _layers_of_experts(config: Config) -> list[int]:
+    """[layers of the whole model] 1 for each that has experts."""
+    model = config.model
+    layers = _set(model.num_layers)
+    return [0] * layers if model.num_experts is None else expanded(model.moe_layer_freq or "1", layers)
+
+
+def local_layer_spec(transformer: TransformerConfig, *, backend: str = "auto", experts: bool = False) -> ModuleSpec:
+    """A layer of megatron's own parts, with norms and packed attention that run on any device."""
     norm = _norm_class(transformer)
     qk_norm = norm if transformer.qk_layernorm else IdentityOp
     return ModuleSpec(
@@ -156,7 +180,7 @@ def local_layer_spec(transformer: TransformerConfig, *, backend: str = "auto") -
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=GatedMLP,
+            mlp=moe_spec(Router) if experts else GatedMLP,
             mlp_bda=get_bias_dropout_add,
             # Transformer Engine keeps these norms inside the linear layers; checkpoints of either spec fit the other.
             sharded_state_dict_keys_map={

@@ -19,11 +19,12 @@ from miles.trainers import checkpoints
 
 from . import checkpoint
 from .hf_files import HfReader, is_hf_directory, read_config
-from .hf_names import NameMap, Shape
+from .hf_names import Match, NameMap, Shape
 from .model import ScalarModel, padded_vocab_size
 from .parallel import Parallel
 
 _SCORE, _OUTPUT = "score.weight", "lm_head.weight"
+_EXPERT_BIAS = ".router.expert_bias"
 
 
 class ModelWeights:
@@ -56,22 +57,41 @@ class ModelWeights:
 
         In the model's dtype and on its device. A tensor may be the model's own memory: copy it before the next step.
         """
-        offset = self._layer_offset
-        for name, param in self._model.named_parameters():
-            match = self._names.match(name, offset)
-            shards = self._parallel.gather_tensor_shards(param.detach())
-            yield from zip(match.hf, match.layout.split(shards, self._names.shape), strict=True)
+        # HF name -> pieces of experts, of a tensor that holds all of them.
+        stacks: dict[str, dict[int, Tensor]] = {}
+        for name, tensor in self._tensors():
+            match = self._match(name)
+            shards = self._parallel.gather_tensor_shards(tensor.detach(), of_expert=match.expert is not None)
+            parts = match.layout.split(shards, self._names.shape)
+            if match.expert is None:
+                yield from zip(match.hf, parts, strict=True)
+                continue
+            for position, part in enumerate(parts):
+                for rank, piece in enumerate(self._parallel.gather_expert_shards(part)):
+                    expert = match.expert + (rank - self._expert_rank) * self._experts_per_rank
+                    hf_name = match.names(expert)[position]
+                    if not match.rule.stacked:
+                        yield hf_name, piece
+                        continue
+                    stack = stacks.setdefault(hf_name, {})
+                    stack[expert] = piece
+                    if len(stack) == self._model.config.num_moe_experts:
+                        yield hf_name, torch.stack([stack[number] for number in sorted(stack)])
+                        del stacks[hf_name]
 
     @torch.no_grad()
     def _load_hf(self, path: str | Path) -> None:
         reader = HfReader(path)
-        tp = self._parallel.groups.tp
-        for name, param in self._model.named_parameters():
+        groups = self._parallel.groups
+        for name, param in self._tensors():
             if self._is_scalar and name == _SCORE and _SCORE not in reader:
                 self._reset_head()
                 continue
-            match = self._names.match(name, self._layer_offset)
+            match = self._match(name)
+            tp = groups.tp if match.expert is None else groups.expt_tp
             parts = [reader[hf_name] for hf_name in match.hf]
+            if match.rule.stacked:
+                parts = [part[match.expert] for part in parts]
             shard = match.layout.merge(parts, self._names.shape, tp.rank(), tp.size())
             if shard.shape != param.shape:
                 raise CheckpointError(
@@ -85,6 +105,22 @@ class ModelWeights:
                 f"HF checkpoint {path}, got {len(unknown)} tensors that the model has no place for, such as {unknown[0]}: "
                 "they would be lost; check the MODEL flags and --model-name"
             )
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, and what else of the model a checkpoint holds: the biases by which routers choose experts."""
+        yield from self._model.named_parameters()
+        yield from ((name, buffer) for name, buffer in self._model.named_buffers() if name.endswith(_EXPERT_BIAS))
+
+    def _match(self, name: str) -> Match:
+        return self._names.match(name, self._layer_offset, self._expert_rank * self._experts_per_rank)
+
+    @property
+    def _expert_rank(self) -> int:
+        return int(self._parallel.groups.ep.rank())
+
+    @property
+    def _experts_per_rank(self) -> int:
+        return (self._model.config.num_moe_experts or 0) // int(self._parallel.groups.ep.size())
 
     def _load_checkpoint(self, found: Path) -> None:
         without = frozenset[str]()

@@ -115,14 +115,13 @@ class Parallel:
             dist.broadcast(values, src=mpu.get_pipeline_model_parallel_last_rank(), group=self.groups.pp)
         return values
 
-    def gather_tensor_shards(self, shard: torch.Tensor) -> list[torch.Tensor]:
-        """The shards of a tensor-parallel weight on all ranks of the group, in rank order."""
-        size = self.groups.tp.size()
-        if size == 1:
-            return [shard]
-        shards = [torch.empty_like(shard) for _ in range(size)]
-        dist.all_gather(shards, shard.contiguous(), group=self.groups.tp)
-        return shards
+    def gather_tensor_shards(self, shard: torch.Tensor, *, of_expert: bool = False) -> list[torch.Tensor]:
+        """The shards of a tensor-parallel weight, or of an expert's, on all ranks of the group, in rank order."""
+        return _gathered(shard, self.groups.expt_tp if of_expert else self.groups.tp)
+
+    def gather_expert_shards(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """What the ranks that share the experts have in the place of this rank's `weight`, in rank order."""
+        return _gathered(weight, self.groups.ep)
 
     def from_main(self, value: T) -> T:
         """`value` of the main rank, on every rank."""
@@ -141,6 +140,14 @@ class Parallel:
         if dist.is_initialized():
             mpu.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def _gathered(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    if group.size() == 1:
+        return [shard]
+    shards = [torch.empty(shard.shape, dtype=shard.dtype, device=shard.device) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return shards
 
 
 def _device(local_rank: int) -> torch.device:

@@ -26,6 +26,7 @@ from miles.types import LossInputs, LossOutputs
 from . import cpu
 from .logprobs import TokenScores, Vocabulary, is_first_choice, token_scores
 from .model import PolicyModel
+from .moe import set_step_tokens
 from .packing import MicroBatch
 from .parallel import Parallel
 from .teacher import Teacher
@@ -283,6 +284,8 @@ def run_micro_batches(
         return hidden, functools.partial(finish, batch)
 
     with cpu.cuda_means_cpu():
+        if not forward_only:
+            set_step_tokens(model.module.config, (batch.tokens.shape[1] for batch in micro_batches))
         stored: list[Any] = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(micro_batches),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import pytest
 
 from miles.config import Resolution, make_config
+from miles.config.derive import FREE_MODEL_FLAGS
+from miles.config.fields import fields
 from miles.config.hf import FAMILIES, PLANNED_FAMILIES, model_values
 from miles.errors import ConfigError
+
+from .refusal import refused
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,
@@ -100,9 +105,12 @@ def test_rope_is_read_in_the_old_and_the_new_form(rope: dict[str, Any]) -> None:
             "layer_types chunked_attention",
         ),
         (
-            {"model_type": "qwen3_moe"},
-            "model_type of d, got qwen3_moe: this family is not built yet; train one of llama",
+            {"model_type": "mixtral"},
+            "model_type of d, got mixtral: this family is not built yet; train one of llama",
         ),
+        ({"model_type": "qwen3_moe"}, "d/config.json, got no 'num_local_experts': a qwen3_moe model needs it"),
+        ({"model_type": "qwen3_moe", "num_experts": 2.0}, "got num_experts 2.0: it must be a whole number above 0"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": ["1"]}, "mlp_only_layers ['1']: it must be a list of numbers"),
         (
             {"model_type": "qwen4"},
             "model_type of d, got 'qwen4': there is no such family here (known: llama, mistral, qwen2",
@@ -117,6 +125,80 @@ def test_what_the_model_code_could_not_compute_is_refused(changes: dict[str, Any
         model_values(config, where="d")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"moe_layer_freq": "[1]*3", "moe_router_pre_softmax": True, "num_experts": 8, "moe_ffn_hidden_size": 32}),
+        ({"norm_topk_prob": True}, {"moe_router_pre_softmax": False, "moe_router_topk": 2}),
+        ({"decoder_sparse_step": 2}, {"moe_layer_freq": "[0]*1+[1]*1+[0]*1"}),
+        ({"mlp_only_layers": [0]}, {"moe_layer_freq": "[0]*1+[1]*2"}),
+    ],
+)
+def test_experts(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    values = model_values(BASE | {"model_type": "qwen3_moe"} | _MOE | changes, where="d")
+    assert expected.items() <= values.items()
+
+
+_COMPLETE = {"qwen3_moe": BASE | {"model_type": "qwen3_moe", "sliding_window": 8, "use_sliding_window": True} | _MOE}
+
+
+@pytest.mark.parametrize("kind", list(_COMPLETE))
+def test_every_flag_of_a_shape_is_compared_with_the_checkpoint(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_COMPLETE[kind]))
+    shape = model_values(_COMPLETE[kind], where="d")
+    for name, field in fields().items():
+        if field.group != "model" or name in FREE_MODEL_FLAGS:
+            continue
+        other: Any
+        if field.kind == "switch":
+            other = not shape.get(name, False)
+        elif field.kind == "list":
+            other = (5, 0)
+        elif field.kind == "json":
+            other = {"rope_type": "linear", "factor": 3.0}
+        elif field.choices:
+            other = next(choice for choice in field.choices if choice != shape.get(name))
+        else:
+            other = {int: 77, float: 0.77, str: "[1]*1+[0]*2"}[field.type]
+        with pytest.raises(ConfigError, match=rf"{field.flag}, got .*config\.json (says|describes)"):
+            make_config(hf_checkpoint=str(tmp_path), **{name: other})
+
+
+def test_a_pattern_may_be_written_in_several_ways(tmp_path: Path) -> None:
+    config = BASE | {"model_type": "qwen3_moe"} | _MOE | {"mlp_only_layers": [0]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert make_config(hf_checkpoint=str(tmp_path), moe_layer_freq="[0,1,1]").model.moe_layer_freq == "[0,1,1]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"moe_aux_loss_coeff": 0.1}, "--moe-aux-loss-coeff, got 0.1: no loss is balanced by it"),
+        (
+            {"moe_aux_loss_coeff": 0.1, "moe_router_load_balancing_type": "seq_aux_loss"},
+            "--moe-aux-loss-coeff, got 0.1: sequences are packed",
+        ),
+        ({"moe_aux_loss_coeff": -1.0, "moe_router_load_balancing_type": "aux_loss"}, "--moe-aux-loss-coeff, got -1"),
+        (
+            {"moe_router_bias_update_rate": 0.1},
+            "--moe-router-bias-update-rate, got 0.1: the model's router has no bias",
+        ),
+    ],
+)
+def test_flags_of_experts(flags: dict[str, Any], line: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_COMPLETE["qwen3_moe"]))
+    refused({"hf_checkpoint": str(tmp_path), **flags}, line)
+
+
+def test_a_dense_model_has_no_flags_of_experts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": "qwen3"}))
+    line = "--moe-router-dtype, got fp64: the model has no experts"
+    refused({"hf_checkpoint": str(tmp_path), "moe_router_dtype": "fp64"}, line)
 
 
 @pytest.mark.parametrize(

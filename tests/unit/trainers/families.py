@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB = 131
@@ -60,6 +62,11 @@ def _mistral(**options: Any) -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**_SIZES | {"sliding_window": None} | options))
 
 
+def _qwen3_moe(**options: Any) -> PreTrainedModel:
+    sizes = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES | sizes | {"norm_topk_prob": True} | options))
+
+
 #: Case -> its model. The first word is the family.
 CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: _qwen2(),
@@ -74,6 +81,10 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama linear": lambda: _llama(rope_parameters=_LINEAR),
     "mistral": lambda: _mistral(head_dim=32),
     "mistral window": lambda: _mistral(sliding_window=7, head_dim=8),
+    "qwen3_moe": lambda: _qwen3_moe(),
+    "qwen3_moe some layers": lambda: _qwen3_moe(
+        num_hidden_layers=3, decoder_sparse_step=2, norm_topk_prob=False, tie_word_embeddings=True
+    ),
 }
 
 

@@ -126,6 +126,8 @@ def test_shards_hold_every_tensor_bitwise(loaded: Loaded, first_layer: int) -> N
             assert first_layer, name
             continue
         parts = [saved[hf_name] for hf_name in match.hf]
+        if match.rule.stacked:
+            parts = [part[match.expert] for part in parts]
         shards = [match.layout.merge(parts, shape, rank, tensor) for rank in range(tensor)]
         assert {shard.shape for shard in shards} == {shards[0].shape}
         for back, part in zip(match.layout.split(shards, shape), parts, strict=True):

@@ -74,4 +74,11 @@ def test_unknown_weights_and_kinds_are_named() -> None:
         NameMap("qwen3", _SHAPE).match("decoder.layers.0.mlp.router.weight")
     with pytest.raises(ConfigError, match="qwen2"):
         NameMap("qwen22", _SHAPE)
-    assert set(model_kinds) == {"llama", "mistral", "qwen2", "qwen3"}
+    assert {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe"} <= set(model_kinds)
+
+
+@pytest.mark.parametrize("name", ["mlp.experts.local_experts.1.linear_fc2.weight", "mlp.experts.linear_fc2.weight1"])
+def test_experts_count_from_the_first_of_all_ranks(name: str) -> None:
+    match = NameMap("qwen3_moe", _SHAPE).match(f"decoder.layers.2.{name}", 10, 4)
+    assert match.hf == ("model.layers.12.mlp.experts.5.down_proj.weight",)
+    assert match.names(1) == ("model.layers.12.mlp.experts.1.down_proj.weight",)
