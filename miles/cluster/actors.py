@@ -20,16 +20,10 @@ def actor(cls: type) -> Any:
     """Makes a Ray actor class of `cls`. One `async def` among its methods makes all of its calls run in an event loop.
 
     An actor that dies stays dead: a restarted one would have lost its model, and the run would go on without it.
-    A call whose arguments are still being made does not hold up those after it, such as `beat`.
     """
     # Ray's overloads do not know concurrency groups, hence the Any.
     decorate: Any = ray.remote
-    return decorate(
-        concurrency_groups={"control": 1},
-        max_restarts=0,
-        max_task_retries=0,
-        allow_out_of_order_execution=True,
-    )(cls)
+    return decorate(concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0)(cls)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The trainers: one Ray actor per rank, driven together.
 
 driver --train(batch shards)--> every rank --collectives--> metrics
-       --publish(version)-----> every rank gathers, the main rank streams buckets to the engines; may be called together
-                                with `train`, and then begins once all ranks have trained
+driver --publish(version)-----> every rank gathers, the main rank streams buckets to the engines
 driver --save(directory)------> every rank writes its shards, then the main rank makes them current
+
+A rank does what it is asked in order, so that a publication may wait in it for the end of the training before it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from miles.config import Config, import_plugins
 from miles.engines.client import EngineClient
-from miles.errors import CheckpointError, EngineError
+from miles.errors import CheckpointError, EngineError, WeightUpdateError
 from miles.interfaces import WeightTransport
 from miles.observe import open_process_log
 from miles.trainers import make_trainer
@@ -47,7 +48,7 @@ class Trained:
 
 @dataclass
 class _Publication:
-    """One that runs, or waits for the end of the training before it."""
+    """One that was called together with the training before it."""
 
     version: WeightVersion
     calls: dict[Process, ray.ObjectRef]
@@ -65,6 +66,8 @@ class TrainerActor:
         self._transport: WeightTransport | None = None
         self._clients: dict[str, EngineClient] = {}
         """By name of the engine, with connections that last from one publication to the next."""
+        self._has_trained = False
+        """Whether the last training came to its end."""
 
     def rendezvous(self) -> tuple[str, int]:
         """An address of this node and a free port on it, for rank 0's process group."""
@@ -97,7 +100,9 @@ class TrainerActor:
         return self.trainer.load_initial(resume_from)
 
     def train(self, batch: TrainBatch) -> Trained:
+        self._has_trained = False
         metrics = self.trainer.train(batch)
+        self._has_trained = True
         return Trained(metrics, self.trainer.traced)
 
     def evaluate(self, batch: TrainBatch) -> dict[str, float]:
@@ -110,13 +115,14 @@ class TrainerActor:
         self.trainer.drop_reference()
 
     def publish(
-        self, engines: Sequence[EngineAddress], version: WeightVersion, *trained: Trained
+        self, engines: Sequence[EngineAddress], version: WeightVersion, *, of_training: bool = False
     ) -> PublishStats | None:
         """Every rank gathers its part of each tensor; the main rank sends. Returns the main rank's figures.
 
-        trained: of all ranks, where this is called before they have trained: Ray waits for them, and makes no call where one
-        has failed.
+        of_training: was called together with a `train`. Raises where that has failed.
         """
+        if of_training and not self._has_trained:
+            raise WeightUpdateError(f"weights of version {version}, got none: the training before them failed")
         weights = self.trainer.named_weights()
         if self.rank != 0:
             for _ in weights:
@@ -248,15 +254,15 @@ class TrainerGroup:
     ) -> Trained:
         """All optimizer steps of one rollout; `shards[i]` holds data-parallel rank i's `TrainBatch`.
 
-        then_publish: engines and the version of the weights that come out. The ranks go on to that publication at once,
-        without the driver's word between; `publish` waits for it, and has to be called.
+        then_publish: engines and the version of the weights that come out. A rank goes on to that publication at once, without
+        the driver's word between; `publish` waits for it, and has to be called.
         """
         # One rank per data-parallel shard: with TP, PP or CP above 1 several ranks will be handed the same shard.
         calls = {process: process.handle.train.remote(shards[rank]) for rank, process in enumerate(self.processes)}
         if then_publish is not None:
             engines, version = then_publish
             self._begun = _Publication(
-                version, {p: p.handle.publish.remote(engines, version, *calls.values()) for p in self.processes}
+                version, {p: p.handle.publish.remote(engines, version, of_training=True) for p in self.processes}
             )
         ranks: list[Trained] = self._wait(calls, "the training step")
         return Trained(
@@ -281,7 +287,6 @@ class TrainerGroup:
         what = f"weights of version {version} to the engines"
         begun, self._begun = self._begun, None
         if begun is not None and begun.to_former_engines:
-            # Ranks must not meet in two publications at once.
             with contextlib.suppress(EngineError):
                 self._wait(begun.calls, f"weights of version {version} to the engines, as they were before")
         elif begun is not None:
