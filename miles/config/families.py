@@ -74,8 +74,51 @@ def _qwen3_moe(hf: HfConfig) -> dict[str, Any]:
     }
 
 
-def _decoder(hf: HfConfig) -> dict[str, Any]:
+@_family("glm4")
+def _glm4(hf: HfConfig) -> dict[str, Any]:
+    return _decoder(hf, rotary_percent=0.5) | {
+        "add_qkv_bias": bool(hf.get("attention_bias", True)),
+        "kv_channels": hf.get("head_dim") or 128,
+        "rotary_interleaved": True,
+        "post_self_attn_layernorm": True,
+        "post_mlp_layernorm": True,
+    }
+
+
+@_family("gpt_oss")
+def _gpt_oss(hf: HfConfig) -> dict[str, Any]:
+    _refuse(hf, "attention_bias", True, "its attention has biases")
+    _refuse(hf, "swiglu_limit", 7.0, "its MLP is bounded by 7")
+    kinds = ("sliding_attention", "full_attention")
+    layers = hf.get("layer_types") or [kinds[i % 2] for i in range(hf["num_hidden_layers"])]
+    return (
+        _decoder(hf)
+        | _window(hf.get("sliding_window", 128), layers)
+        | {
+            "kv_channels": hf.get("head_dim") or 64,
+            "disable_bias_linear": False,
+            "swiglu": False,
+            "quick_geglu": True,
+            "activation_func_clamp_value": 7.0,
+            "glu_linear_offset": 1.0,
+            "softmax_type": "learnable",
+            "num_experts": hf["num_local_experts"],
+            "moe_layer_freq": repeated([1] * hf["num_hidden_layers"]),
+            "moe_ffn_hidden_size": hf["intermediate_size"],
+            "moe_router_topk": hf["num_experts_per_tok"],
+            "moe_router_score_function": "softmax",
+            "moe_router_pre_softmax": False,
+        }
+    )
+
+
+def _decoder(hf: HfConfig, *, rotary_percent: float = 1.0) -> dict[str, Any]:
     """What the families share: pre-norm, RoPE, grouped-query attention, gated SiLU, no biases."""
+    if (quantised := hf.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+        raise Unsupported(
+            f"quantization_config {_plain(method)}: weights are read as they are; convert them to bf16 first"
+        )
     _refuse(hf, "hidden_act", "silu", "only the gated SiLU MLP is built")
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     kv_heads = hf.get("num_key_value_heads") or heads
@@ -92,7 +135,7 @@ def _decoder(hf: HfConfig) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "norm_epsilon": float(hf.get("rms_norm_eps", 1e-6)),
         "use_rotary_position_embeddings": True,
-        **_rope(hf),
+        **_rope(hf, rotary_percent),
         "disable_bias_linear": True,
         "add_qkv_bias": False,
         "untie_embeddings_and_output_weights": not hf.get("tie_word_embeddings", False),
@@ -124,15 +167,15 @@ _SCALINGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def _rope(hf: HfConfig) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
+def _rope(hf: HfConfig, percent: float) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`. percent: where neither says."""
     parameters: HfConfig = hf.get("rope_parameters") or {}
     scaling: HfConfig = hf.get("rope_scaling") or {}
     theta: Any = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
     theta = float(theta)
     if theta != int(theta):
         raise Unsupported(f"rope_theta {theta}: --rotary-base is a whole number")
-    share: Any = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    share: Any = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", percent))
     values: dict[str, Any] = {"rotary_base": int(theta), "rotary_percent": float(share)}
     for key, given in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         kind = given.get("rope_type", given.get("type", "default"))

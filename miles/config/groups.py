@@ -34,16 +34,28 @@ class ModelArgs:
     """Normalise queries and keys."""
     swiglu: bool | None = None
     """Gated SiLU MLP."""
+    quick_geglu: bool | None = None
+    """Gated MLP with x * sigmoid(1.702 x) in the place of SiLU."""
+    activation_func_clamp_value: float | None = None
+    """Bound of what enters a gated MLP's activation, and of the other factor in both directions."""
+    glu_linear_offset: float | None = None
+    """Added to that other factor."""
     normalization: Literal["RMSNorm", "LayerNorm"] | None = None
     """Kind of norm."""
     norm_epsilon: float | None = None
     """Epsilon of the norms."""
+    post_self_attn_layernorm: bool | None = None
+    """A norm also after attention, before its output is added."""
+    post_mlp_layernorm: bool | None = None
+    """A norm also after the MLP."""
     use_rotary_position_embeddings: bool | None = None
     """RoPE."""
     rotary_base: int | None = None
     """RoPE theta."""
     rotary_percent: float | None = None
     """Share of the head dimension that rotates."""
+    rotary_interleaved: bool | None = None
+    """Neighbouring dimensions rotate together, instead of those of the two halves."""
     rope_scaling: dict[str, Any] | None = None
     """Scaling of RoPE for longer contexts (JSON), by its names in config.json: rope_type llama3, yarn or linear, factor and so on."""
     window_size: tuple[int, ...] | None = None
@@ -64,6 +76,8 @@ class ModelArgs:
     """Longest training sequence in tokens; an error where --rollout-max-context-len allows longer ones. What becomes of longer rows of a data set says --overlong-rows."""
     max_position_embeddings: int | None = None
     """Longest position the model knows."""
+    softmax_type: Literal["vanilla", "learnable"] | None = None
+    """Softmax of attention: learnable adds a trained logit without a value to each head (a sink)."""
     num_experts: int | None = None
     """Experts of a mixture-of-experts layer."""
     moe_layer_freq: str | None = None

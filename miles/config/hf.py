@@ -22,7 +22,6 @@ PLANNED_FAMILIES = frozenset(
         "deepseek_v2",
         "deepseek_v3",
         "glm4_moe",
-        "gpt_oss",
         "llama4",
         "olmoe",
         "phimoe",

@@ -62,7 +62,7 @@ def _attention_kernels(config: Config) -> Problem | None:
 
 
 def _linear_biases(config: Config) -> Problem | None:
-    if config.model.disable_bias_linear is False:
+    if config.model.disable_bias_linear is False and config.ckpt.model_name != "gpt_oss":
         return Problem(
             "--no-disable-bias-linear",
             None,

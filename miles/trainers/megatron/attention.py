@@ -27,10 +27,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,7 +39,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _MIN_FILL = 0.75
 #: Below this length a second block costs more than the padding it saves.
 _SMALL_LENGTH = 32
-#: Queries that a sliding window takes at a time, at least: fewer would be too little work for one kernel.
+#: Dimensions that sinks add to a head: GPU kernels want multiples of 8.
+_MORE_WIDTH = 8
+#: Queries that are masked at a time, at least: fewer would be too little work for one kernel.
 _LEAST_PIECE = 256
 
 
@@ -147,14 +150,16 @@ class PackedSequences(PackedSeqParams):
             blocks=tuple(blocks),
         )
 
-    def phases(self, angles: Tensor, dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def phases(
+        self, angles: Tensor, dtype: torch.dtype, scale: float = 1.0, *, interleaved: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """`scale` times cos and sin [T, 1, 1, rotated / 2] for each token, from megatron's `angles` [positions, 1, 1, rotated].
 
-        Kept for the other layers, which ask for the same.
+        Kept for the other layers, which ask for the same. interleaved: the angles have both of a pair side by side.
         """
         if self._phases is None:
-            half = angles.shape[-1] // 2
-            mine = angles[..., :half].index_select(0, self.positions)
+            each = angles[..., ::2] if interleaved else angles[..., : angles.shape[-1] // 2]
+            mine = each.index_select(0, self.positions)
             self._phases = (mine.cos() * scale).to(dtype), (mine.sin() * scale).to(dtype)
         return self._phases
 
@@ -222,8 +227,9 @@ class PackedSelfAttention(SelfAttention):
             raise TypeError(f"packed_seq_params, got {type(packed_seq_params).__name__}: pass PackedSequences")
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         if rotary_pos_emb is not None:
-            cos, sin = packed_seq_params.phases(rotary_pos_emb, query.dtype, self.config.rotary_scale)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            pairs, scale = self.config.rotary_interleaved, self.config.rotary_scale
+            cos, sin = packed_seq_params.phases(rotary_pos_emb, query.dtype, scale, interleaved=pairs)
+            query, key = rotate(query, cos, sin, pairs), rotate(key, cos, sin, pairs)
         context = self.core_attention(
             query.squeeze(1),
             key.squeeze(1),
@@ -237,42 +243,48 @@ class PackedSelfAttention(SelfAttention):
         return output, bias
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `x` [T, 1, heads, D]: pairs (i, i + rotated/2) turn by the token's phases.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary embedding of `x` [T, 1, heads, D]: pairs (i, i + rotated/2) turn by the token's phases; interleaved: (2i, 2i + 1).
 
-    arXiv 2104.09864, in the half-split layout of HF and Megatron. `cos`, `sin` [T, 1, 1, rotated / 2]; dimensions past
-    `rotated` pass through.
+    arXiv 2104.09864; most models have the half-split layout. `cos`, `sin` [T, 1, 1, rotated / 2]; dimensions past `rotated`
+    pass through.
     """
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin, interleaved)
 
 
 class _Rotate(torch.autograd.Function):
     """A rotation's gradient is the opposite rotation, so nothing of `x` is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, 1, interleaved)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, -1), None, None
+        return _turn(grads[0], cos, sin, -1, ctx.interleaved), None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int, interleaved: bool) -> Tensor:
     half = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    first, second = x[..., :half], x[..., half : 2 * half]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=direction)
+    a, b = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    first, second = x[..., a], x[..., b]
+    torch.mul(first, cos, out=out[..., a]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out[..., b]).addcmul_(first, sin, value=direction)
     if x.shape[-1] > 2 * half:
         out[..., 2 * half :] = x[..., 2 * half :]
     return out
 
 
 class PackedCoreAttention(torch.nn.Module):
-    """Causal softmax attention within each packed sequence. Grouped queries; no dropout; no parameters."""
+    """Causal softmax attention within each packed sequence. Grouped queries; no dropout.
+
+    The only parameters are sinks, where the model has them: a logit for each head that takes part in the softmax and has no
+    value.
+    """
 
     def __init__(
         self,
@@ -297,6 +309,13 @@ class PackedCoreAttention(torch.nn.Module):
         """Tokens that a token sees, the last of them itself; None: all before it."""
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window = config.window_size[0] + 1
+        self.softmax_offset = None
+        """[N of this rank] sinks, under megatron's name."""
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            sinks = torch.empty(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
+            self.softmax_offset = torch.nn.Parameter(sinks)
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def forward(
         self,
@@ -310,7 +329,7 @@ class PackedCoreAttention(torch.nn.Module):
     ) -> Tensor:
         """query [T, N, D], key and value [T, K, D] -> [T, N * D]."""
         assert packed_seq_params is not None, "PackedSelfAttention passes it"
-        if uses_flash_attn(query.device, self.backend):
+        if uses_flash_attn(query.device, self.backend) and self.softmax_offset is None:
             return self._flash(query, key, value, packed_seq_params).flatten(1)
         return self.attend(torch.cat([query, key, value], dim=1), query.shape[1], packed_seq_params)
 
@@ -321,8 +340,10 @@ class PackedCoreAttention(torch.nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if self.backend == "unfused" else nullcontext():
             for i, block in enumerate(sequences.blocks):
                 query, key, value = (part.transpose(1, 2) for part in parts[3 * i : 3 * i + 3])
-                if self.window is not None and key.shape[2] > self.window:
-                    out = self._in_window(query, key, value, self.window)
+                if self.softmax_offset is not None:
+                    out = self._with_mask(query, key, value, self.window or key.shape[2])
+                elif self.window is not None and key.shape[2] > self.window:
+                    out = self._with_mask(query, key, value, self.window)
                 else:
                     out = self._sdpa(query, key, value, None if block.prefixes is None else block.prefixes.mask)
                 outputs.append(out.transpose(1, 2))
@@ -340,8 +361,8 @@ class PackedCoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    def _in_window(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-        """The same, each query on the last `window` keys up to its own; queries are the last of the keys' positions.
+    def _with_mask(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+        """The same with the sinks, each query on the last `window` keys up to its own; queries are at the keys' last positions.
 
         A piece of queries at a time, with the keys that it sees: time and memory grow with the window, not with the length.
         """
@@ -354,8 +375,33 @@ class PackedCoreAttention(torch.nn.Module):
             offset = before + start - first
             seen = torch.ones(stop - start, last - first, dtype=torch.bool, device=query.device)
             seen = seen.tril_(offset).triu_(offset - window + 1)
-            pieces.append(self._sdpa(query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], seen))
+            parts = query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last]
+            attend = self._sdpa if self.softmax_offset is None else self._sdpa_with_sinks
+            pieces.append(attend(*parts, seen))
         return torch.cat(pieces, dim=2)
+
+    def _sdpa_with_sinks(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """A first key without a value, and dimensions in which only it and the queries have something: their product there
+        is the head's sink. So kernels that know no sinks compute with them."""
+        assert self.softmax_offset is not None
+        rows, _, length, width = query.shape
+        scale = self.softmax_scale or width**-0.5
+        sinks = (self.softmax_offset / scale).to(query.dtype).view(1, -1, 1, 1).expand(rows, -1, length, 1)
+        query = torch.cat([query, sinks, query.new_zeros(*query.shape[:3], _MORE_WIDTH - 1)], dim=-1)
+        key, value = (F.pad(part, (0, _MORE_WIDTH, 1, 0)) for part in (key, value))
+        of_sink = torch.zeros(key.shape[2:], dtype=key.dtype, device=key.device)
+        of_sink[0, width] = 1
+        out = F.scaled_dot_product_attention(
+            query, key + of_sink, value, F.pad(mask, (1, 0), value=True), scale=scale, enable_gqa=True
+        )
+        return out[..., :width]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """What a checkpoint holds of it: the sinks, cut by heads."""
+        own = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(own, prefix, dict.fromkeys(own, 0), sharded_offsets)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences) -> Tensor:
         from flash_attn import flash_attn_varlen_func

@@ -107,6 +107,42 @@ class GateUp:
         return [_join([half[side] for half in halves], 0) for side in (0, 1)]
 
 
+class GateOverUp:
+    """The same of one HF weight that has the gate's rows first."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        return GateUp().merge(parts[0].chunk(2), shape, rank, size)
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return [torch.cat(GateUp().split(shards, shape))]
+
+
+class GateBesideUp:
+    """The same of one HF weight that takes them in turns, transposed; or of its bias."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        rows = _transposed(parts[0])
+        return GateUp().merge([rows[::2], rows[1::2]], shape, rank, size)
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return [_transposed(torch.stack(GateUp().split(shards, shape), dim=1).flatten(0, 1))]
+
+
+class TransposedRows:
+    """One weight, transposed, whose rows are cut."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        return _transposed(parts[0]).chunk(size, 1)[rank]
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        return [_transposed(_join(shards, 1))]
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """A vector stays."""
+    return x.t() if x.dim() == 2 else x
+
+
 def _join(shards: Sequence[Tensor], dim: int) -> Tensor:
     return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)
 
@@ -151,8 +187,13 @@ _LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
 
 
-def _in_layer(megatron: str, hf: Sequence[str], layout: Layout) -> Rule:
-    return Rule(_LAYER + megatron, tuple(_HF_LAYER + name for name in hf), layout)
+def _in_layer(megatron: str, hf: Sequence[str], layout: Layout, *, stacked: bool = False) -> Rule:
+    return Rule(_LAYER + megatron, tuple(_HF_LAYER + name for name in hf), layout, stacked)
+
+
+def _with(rules: Sequence[Rule], *others: Rule) -> tuple[Rule, ...]:
+    """`rules` and `others`, which take the place of those of the same megatron weight."""
+    return tuple({rule.megatron: rule for rule in (*rules, *others)}.values())
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -191,6 +232,30 @@ _EXPERTS = _experts(
     ["mlp.experts.{expert}.down_proj.weight"],
 )
 model_kinds.register("qwen3_moe")((*_DENSE, *_EXPERTS))
+
+model_kinds.register("glm4")(
+    _with(
+        _DENSE,
+        _in_layer("post_self_attn_layernorm.weight", ["post_self_attn_layernorm.weight"], Whole()),
+        _in_layer("post_mlp_layernorm.weight", ["post_mlp_layernorm.weight"], Whole()),
+        _in_layer("mlp.linear_fc1.weight", ["mlp.gate_up_proj.weight"], GateOverUp()),
+    )
+)
+
+_EXPERT = "mlp.experts.local_experts.{expert}."
+model_kinds.register("gpt_oss")(
+    _with(
+        _DENSE,
+        _in_layer("self_attention.core_attention.softmax_offset", ["self_attn.sinks"], Cut(0)),
+        _in_layer("self_attention.linear_proj.bias", ["self_attn.o_proj.bias"], Whole()),
+        _in_layer("mlp.router.weight", ["mlp.router.weight"], Whole()),
+        _in_layer("mlp.router.bias", ["mlp.router.bias"], Whole()),
+        _in_layer(_EXPERT + "linear_fc1.weight", ["mlp.experts.gate_up_proj"], GateBesideUp(), stacked=True),
+        _in_layer(_EXPERT + "linear_fc1.bias", ["mlp.experts.gate_up_proj_bias"], GateBesideUp(), stacked=True),
+        _in_layer(_EXPERT + "linear_fc2.weight", ["mlp.experts.down_proj"], TransposedRows(), stacked=True),
+        _in_layer(_EXPERT + "linear_fc2.bias", ["mlp.experts.down_proj_bias"], Whole(), stacked=True),
+    )
+)
 
 
 class NameMap:

@@ -162,6 +162,28 @@ class PackedLayer(TransformerLayer):
         )
 
 
+class PostNormLayer(PackedLayer):
+    """A layer that also norms what attention and MLP give, before it is added to what they got."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, after_attention: bool, after_mlp: bool, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        eps, size = config.layernorm_epsilon, config.hidden_size
+        self.post_self_attn_layernorm = RMSNorm(config, size, eps) if after_attention else IdentityOp()
+        self.post_mlp_layernorm = RMSNorm(config, size, eps) if after_mlp else IdentityOp()
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[T, 1, H] -> ([T, 1, H], None). Arguments are megatron's."""
+        attended, bias = self.self_attention(
+            self.input_layernorm(hidden_states),
+            None,
+            rotary_pos_emb=kwargs.get("rotary_pos_emb"),
+            packed_seq_params=kwargs.get("packed_seq_params"),
+        )
+        hidden = hidden_states + self.post_self_attn_layernorm(attended if bias is None else attended + bias)
+        out, bias = self.mlp(self.pre_mlp_layernorm(hidden))
+        return hidden + self.post_mlp_layernorm(out if bias is None else out + bias), None
+
+
 def _row_order(num_heads: int, num_groups: int, width: int) -> Tensor:
     """[(N + 2 K) * D] rows of megatron's qkv weight (for each group its queries, key, value) as all queries, keys, values.
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -37,7 +38,7 @@ from miles.config.layer_pattern import expanded, listed
 from miles.errors import ConfigError, HookError
 
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
-from .layers import GatedMLP, LayerNorm, PackedLayer, RMSNorm
+from .layers import GatedMLP, LayerNorm, PackedLayer, PostNormLayer, RMSNorm
 from .moe import Router, moe_fields, moe_spec
 from .parallel import Parallel, ParallelSizes
 from .rope import inverse_frequencies
@@ -66,8 +67,12 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         normalization=model.normalization or "RMSNorm",
         layernorm_epsilon=model.norm_epsilon if model.norm_epsilon is not None else 1e-6,
         qk_layernorm=bool(model.qk_layernorm),
-        gated_linear_unit=bool(model.swiglu),
-        activation_func=F.silu if model.swiglu else F.gelu,
+        gated_linear_unit=bool(model.swiglu or model.quick_geglu),
+        activation_func=F.silu if model.swiglu else quick_gelu if model.quick_geglu else F.gelu,
+        activation_func_clamp_value=model.activation_func_clamp_value,
+        glu_linear_offset=model.glu_linear_offset or 0.0,
+        softmax_type=model.softmax_type or "vanilla",
+        rotary_interleaved=bool(model.rotary_interleaved),
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=bool(model.add_qkv_bias),
         **moe_fields(model, with_engine=engine),
@@ -121,7 +126,17 @@ def uses_transformer_engine(config: Config, device: torch.device) -> bool:
 
 def _has_parts_of_ours(config: Config) -> bool:
     """Whether the model has something that Transformer Engine's layers, as megatron puts them together, do not compute."""
-    return _frequencies(config)[1] != 1.0
+    model = config.model
+    return (
+        _frequencies(config)[1] != 1.0
+        or _has_post_norms(config)
+        or model.softmax_type == "learnable"
+        or bool(model.quick_geglu)
+    )
+
+
+def _has_post_norms(config: Config) -> bool:
+    return bool(config.model.post_self_attn_layernorm or config.model.post_mlp_layernorm)
 
 
 def shares_prompts(config: Config, device: torch.device) -> bool:
@@ -146,6 +161,13 @@ def layer_spec(config: Config, transformer: TransformerConfig, device: torch.dev
         return block
     backend = config.perf.attention_backend
     kinds = [local_layer_spec(transformer, backend=backend, experts=experts) for experts in (False, True)]
+    if _has_post_norms(config):
+        after = {
+            "after_attention": bool(config.model.post_self_attn_layernorm),
+            "after_mlp": bool(config.model.post_mlp_layernorm),
+        }
+        for kind in kinds:
+            kind.module, kind.params = PostNormLayer, after
     first = get_transformer_layer_offset(transformer)
     mine = range(first, first + get_num_layers_to_build(transformer))
     layers = [kinds[experts] for experts in _layers_of_experts(config)[mine.start : mine.stop]]

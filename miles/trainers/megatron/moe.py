@@ -37,9 +37,17 @@ if not torch.cuda.is_available():
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
 
 
+class _LinearOfExpert(RowParallelLinear):
+    """Megatron's MLP adds an expert's bias to what this returns, in place, which autograd allows to no view."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, bias = super().forward(x)
+        return (out if bias is None else out.clone()), bias
+
+
 def moe_spec(router: type[TopKRouter]) -> ModuleSpec:
     """A layer of experts in the place of the MLP."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=_LinearOfExpert)
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(

@@ -108,6 +108,10 @@ def test_rope_is_read_in_the_old_and_the_new_form(rope: dict[str, Any]) -> None:
             {"model_type": "mixtral"},
             "model_type of d, got mixtral: this family is not built yet; train one of llama",
         ),
+        (
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "d/config.json, got quantization_config mxfp4: weights are read as they are; convert them to bf16 first",
+        ),
         ({"model_type": "qwen3_moe"}, "d/config.json, got no 'num_local_experts': a qwen3_moe model needs it"),
         ({"model_type": "qwen3_moe", "num_experts": 2.0}, "got num_experts 2.0: it must be a whole number above 0"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": ["1"]}, "mlp_only_layers ['1']: it must be a list of numbers"),
@@ -144,7 +148,20 @@ def test_experts(changes: dict[str, Any], expected: dict[str, Any]) -> None:
     assert expected.items() <= values.items()
 
 
-_COMPLETE = {"qwen3_moe": BASE | {"model_type": "qwen3_moe", "sliding_window": 8, "use_sliding_window": True} | _MOE}
+_COMPLETE = {
+    "qwen3_moe": BASE | {"model_type": "qwen3_moe", "sliding_window": 8, "use_sliding_window": True} | _MOE,
+    "glm4": BASE | {"model_type": "glm4"},
+    "gpt_oss": BASE | {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2},
+}
+
+
+def test_families_with_parts_of_their_own() -> None:
+    glm, oss = (model_values(_COMPLETE[kind], where="d") for kind in ("glm4", "gpt_oss"))
+    assert (glm["rotary_percent"], glm["rotary_interleaved"], glm["add_qkv_bias"]) == (0.5, True, True)
+    assert glm["post_self_attn_layernorm"]
+    assert glm["post_mlp_layernorm"]
+    assert (oss["window_size"], oss["window_attn_skip_freq"]) == ((127, 0), "[1]*1+[0]*1+[1]*1")
+    assert (oss["softmax_type"], oss["disable_bias_linear"], oss["quick_geglu"]) == ("learnable", False, True)
 
 
 @pytest.mark.parametrize("kind", list(_COMPLETE))

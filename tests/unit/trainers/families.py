@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    Glm4Config,
+    Glm4ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -67,6 +71,18 @@ def _qwen3_moe(**options: Any) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES | sizes | {"norm_topk_prob": True} | options))
 
 
+def _glm4(**options: Any) -> PreTrainedModel:
+    return Glm4ForCausalLM(Glm4Config(**_SIZES | {"head_dim": 32} | options))
+
+
+def _gpt_oss(**options: Any) -> PreTrainedModel:
+    sizes = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}
+    rope = _YARN | {"truncate": False, "factor": 32.0}
+    config = GptOssConfig(**_SIZES | sizes | {"rope_parameters": rope} | options)
+    config._attn_implementation = "eager"
+    return GptOssForCausalLM(config)
+
+
 #: Case -> its model. The first word is the family.
 CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: _qwen2(),
@@ -85,6 +101,9 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3_moe some layers": lambda: _qwen3_moe(
         num_hidden_layers=3, decoder_sparse_step=2, norm_topk_prob=False, tie_word_embeddings=True
     ),
+    "glm4": lambda: _glm4(),
+    "glm4 tied, no biases": lambda: _glm4(attention_bias=False, tie_word_embeddings=True),
+    "gpt_oss": lambda: _gpt_oss(),
 }
 
 
@@ -98,6 +117,8 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
                 parameter.uniform_(-0.5, 0.5)
+            elif name.endswith("sinks"):
+                parameter.uniform_(-1, 2)
     return model
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles.trainers.megatron import attention
+from miles.trainers.megatron import attention, cpu
 from miles.trainers.megatron.attention import PackedCoreAttention, PackedSequences, rotate
 
 _CPU = torch.device("cpu")
@@ -19,15 +19,34 @@ _WINDOWS = st.none() | st.integers(1, 40)
 _LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=12).map(lambda lengths: sorted(lengths, reverse=True))
 
 
-def _attention(backend: str = "auto", window: int | None = None) -> PackedCoreAttention:
-    size = None if window is None else (window - 1, 0)
-    config: Any = SimpleNamespace(context_parallel_size=1, window_size=size, window_attn_skip_freq=None)
+def _attention(
+    backend: str = "auto", window: int | None = None, sinks: torch.Tensor | None = None
+) -> PackedCoreAttention:
+    config: Any = SimpleNamespace(
+        context_parallel_size=1,
+        tensor_model_parallel_size=1,
+        num_attention_heads=4,
+        params_dtype=torch.float32,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None,
+        softmax_type="vanilla" if sinks is None else "learnable",
+    )
     causal: Any = None
-    return PackedCoreAttention(config, 1, causal, "self", backend=backend)
+    with cpu.cuda_means_cpu():
+        core = PackedCoreAttention(config, 1, causal, "self", backend=backend)
+    if sinks is not None:
+        assert core.softmax_offset is not None
+        core.softmax_offset.data.copy_(sinks.data)
+    return core
 
 
 def _dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], window: int | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: list[int],
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Explicit softmax over a [T, T] mask; K/V heads repeated."""
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -37,7 +56,10 @@ def _dense(
         allowed &= position[:, None] - position < window
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = torch.einsum("qnd,knd->nqk", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : len(q)]
     return torch.einsum("nqk,knd->qnd", weights, v).flatten(1)
 
 
@@ -47,21 +69,25 @@ def _dense(
     groups=st.sampled_from([1, 2, 4]),
     backend=st.sampled_from(["auto", "unfused"]),
     window=_WINDOWS,
+    has_sinks=st.booleans(),
 )
 def test_attention_stays_within_each_sequence(
-    lengths: list[int], groups: int, backend: str, window: int | None
+    lengths: list[int], groups: int, backend: str, window: int | None, has_sinks: bool
 ) -> None:
     tokens = sum(lengths)
     generator = torch.Generator().manual_seed(tokens)
     q, k, v = (torch.randn(tokens, heads, 8, generator=generator, requires_grad=True) for heads in (4, groups, groups))
     up = torch.randn(tokens, 32, generator=generator)
     sequences = PackedSequences.of(lengths, _CPU)
+    sinks = torch.randn(4, generator=generator, requires_grad=True) if has_sinks else None
+    core = _attention(backend, window, sinks)
     with mock.patch.object(attention, "_LEAST_PIECE", 16):
-        ours = _attention(backend, window)(q, k, v, None, packed_seq_params=sequences)
-    gradients = torch.autograd.grad(ours, (q, k, v), up)
-    dense = _dense(q, k, v, lengths, window)
+        ours = core(q, k, v, None, packed_seq_params=sequences)
+    gradients = torch.autograd.grad(ours, (q, k, v, *core.parameters()), up)
+    dense = _dense(q, k, v, lengths, window, sinks)
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
     torch.testing.assert_close(ours, dense, atol=2e-6, rtol=1e-5)
-    for mine, theirs in zip(gradients, torch.autograd.grad(dense, (q, k, v), up), strict=True):
+    for mine, theirs in zip(gradients, torch.autograd.grad(dense, inputs, up), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
