@@ -106,7 +106,7 @@ def test_rope_is_read_in_the_old_and_the_new_form(rope: dict[str, Any]) -> None:
         ),
         (
             {"model_type": "mixtral"},
-            "model_type of d, got mixtral: this family is not built yet; train one of llama",
+            "model_type of d, got mixtral: this family is not built yet; train one of ",
         ),
         (
             {"quantization_config": {"quant_method": "mxfp4"}},
@@ -117,7 +117,7 @@ def test_rope_is_read_in_the_old_and_the_new_form(rope: dict[str, Any]) -> None:
         ({"model_type": "qwen3_moe", "mlp_only_layers": ["1"]}, "mlp_only_layers ['1']: it must be a list of numbers"),
         (
             {"model_type": "qwen4"},
-            "model_type of d, got 'qwen4': there is no such family here (known: llama, mistral, qwen2",
+            "model_type of d, got 'qwen4': there is no such family here (known: ",
         ),
         ({"vocab_size": None}, "d/config.json, got no 'vocab_size': a llama model needs it"),
         ({"rope_theta": 1.5}, "rope_theta 1.5: --rotary-base is a whole number"),
