@@ -112,6 +112,55 @@ def _gpt_oss(hf: HfConfig) -> dict[str, Any]:
     )
 
 
+@_family("deepseek_v3", "kimi_k2")
+def _deepseek_v3(hf: HfConfig) -> dict[str, Any]:
+    _refuse(hf, "attention_bias", False, "biases of latent attention are not built")
+    # The embedded head dimension of the file is that of the part that rotates.
+    values = _decoder({**hf, "head_dim": hf["qk_nope_head_dim"]})
+    return (
+        values
+        | _grouped_experts(hf)
+        | {
+            "rotary_interleaved": hf.get("rope_interleave", True),
+            "multi_latent_attention": True,
+            "q_lora_rank": hf.get("q_lora_rank"),
+            "kv_lora_rank": hf["kv_lora_rank"],
+            "qk_head_dim": hf["qk_nope_head_dim"],
+            "qk_pos_emb_head_dim": hf["qk_rope_head_dim"],
+            "v_head_dim": hf["v_head_dim"],
+        }
+    )
+
+
+def _grouped_experts(hf: HfConfig) -> dict[str, Any]:
+    """Experts of DeepSeek-V3: chosen by sigmoid and bias within some groups, beside shared ones, after a few dense layers."""
+    for key, allowed in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("norm_topk_prob", True)):
+        _refuse(hf, key, allowed, f"only {allowed} is built")
+    _refuse(hf, "moe_layer_freq", 1, "only experts in each layer after the first are built")
+    layers, dense, topk = hf["num_hidden_layers"], hf.get("first_k_dense_replace") or 0, hf["num_experts_per_tok"]
+    groups, of_groups = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    if of_groups < groups and topk // of_groups != 2:
+        raise Unsupported(
+            f"num_experts_per_tok {topk} and topk_group {of_groups}: groups are chosen by their best two experts, and "
+            "megatron looks at num_experts_per_tok / topk_group of them"
+        )
+    if topk == 1:
+        raise Unsupported("num_experts_per_tok 1: the score of a single expert is not normalised")
+    limited = {"moe_router_num_groups": groups, "moe_router_group_topk": of_groups} if of_groups < groups else {}
+    return limited | {
+        "num_experts": hf["n_routed_experts"],
+        "moe_layer_freq": repeated([int(i >= dense) for i in range(layers)]),
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        "moe_shared_expert_intermediate_size": hf["moe_intermediate_size"] * (hf.get("n_shared_experts") or 1),
+        "moe_router_topk": topk,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": float(hf.get("routed_scaling_factor", 1.0)),
+        "moe_router_enable_expert_bias": True,
+        "moe_router_dtype": "fp32",
+    }
+
+
 def _decoder(hf: HfConfig, *, rotary_percent: float = 1.0) -> dict[str, Any]:
     """What the families share: pre-norm, RoPE, grouped-query attention, gated SiLU, no biases."""
     if (quantised := hf.get("quantization_config")) is not None:

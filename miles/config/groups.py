@@ -78,6 +78,18 @@ class ModelArgs:
     """Longest position the model knows."""
     softmax_type: Literal["vanilla", "learnable"] | None = None
     """Softmax of attention: learnable adds a trained logit without a value to each head (a sink)."""
+    multi_latent_attention: bool | None = None
+    """Keys and values from one narrow vector (MLA)."""
+    q_lora_rank: int | None = None
+    """Width of the queries' narrow vector, of MLA; unset, they have none."""
+    kv_lora_rank: int | None = None
+    """Width of the keys' and values' narrow vector, of MLA."""
+    qk_head_dim: int | None = None
+    """Dimension of a head's query and key that does not rotate, of MLA."""
+    qk_pos_emb_head_dim: int | None = None
+    """Dimension that rotates, of MLA."""
+    v_head_dim: int | None = None
+    """Dimension of a head's value, of MLA."""
     num_experts: int | None = None
     """Experts of a mixture-of-experts layer."""
     moe_layer_freq: str | None = None

@@ -20,12 +20,10 @@ PLANNED_FAMILIES = frozenset(
         "qwen2_moe",
         "qwen3_next",
         "deepseek_v2",
-        "deepseek_v3",
         "glm4_moe",
         "llama4",
         "olmoe",
         "phimoe",
-        "kimi_k2",
         "minimax",
         "minimax_m2",
         "ernie4_5_moe",
@@ -89,8 +87,11 @@ _SIZES = (
 _MORE_SIZES = (
     "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers", "original_max_position_embeddings",
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "n_routed_experts", "n_shared_experts", "n_group", "topk_group", "moe_layer_freq", "num_nextn_predict_layers",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "first_k_dense_replace",
 )  # fmt: skip
-_NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
+_MAY_BE_0 = ("n_shared_experts", "num_nextn_predict_layers", "first_k_dense_replace", "sliding_window")
+_NUMBERS = ("routed_scaling_factor", "rms_norm_eps", "rope_theta", "partial_rotary_factor")
 
 
 def _check_kinds(hf: HfConfig, where: str) -> None:
@@ -99,7 +100,7 @@ def _check_kinds(hf: HfConfig, where: str) -> None:
     numbers = [(name, values.get(name)) for values in (hf, *rope) if isinstance(values, Mapping) for name in _NUMBERS]
     wanted: list[tuple[str, Any, bool, str]] = [
         *(
-            (name, v, type(v) is int and 0 < v < 2**31, "a whole number above 0")
+            (name, v, type(v) is int and (0 < v < 2**31 or (v == 0 and name in _MAY_BE_0)), "a whole number above 0")
             for name in (*_SIZES, *_MORE_SIZES)
             if (v := hf.get(name)) is not None or (name in hf and name in _SIZES)
         ),

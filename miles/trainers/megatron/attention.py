@@ -298,6 +298,7 @@ class PackedCoreAttention(torch.nn.Module):
         pg_collection: Any = None,
         *,
         backend: str = "auto",
+        **_: Any,
     ):
         """`backend`: auto, flash (flash-attn), local (torch picks a kernel) or unfused (matmul, softmax, matmul)."""
         super().__init__()
@@ -327,8 +328,13 @@ class PackedCoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """query [T, N, D], key and value [T, K, D] -> [T, N * D]."""
+        """query [T, N, D], key and value [T, K, D] -> [T, N * D]. Values may be narrower; so is then what they give."""
         assert packed_seq_params is not None, "PackedSelfAttention passes it"
+        if (width := value.shape[-1]) < query.shape[-1]:
+            wide = F.pad(value, (0, query.shape[-1] - width))
+            out = self(query, key, wide, attention_mask, packed_seq_params=packed_seq_params)
+            narrow: Tensor = out.unflatten(1, (query.shape[1], -1))[..., :width].flatten(1)
+            return narrow
         if uses_flash_attn(query.device, self.backend) and self.softmax_offset is None:
             return self._flash(query, key, value, packed_seq_params).flatten(1)
         return self.attend(torch.cat([query, key, value], dim=1), query.shape[1], packed_seq_params)

@@ -227,6 +227,16 @@ def _experts(fc1: Sequence[str], fc2: Sequence[str]) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+def _shared_expert(name: str) -> tuple[Rule, ...]:
+    """Of the expert of all tokens, which HF calls `name`."""
+    return (
+        _in_layer(
+            "mlp.shared_experts.linear_fc1.weight", [f"{name}.gate_proj.weight", f"{name}.up_proj.weight"], GateUp()
+        ),
+        _in_layer("mlp.shared_experts.linear_fc2.weight", [f"{name}.down_proj.weight"], Cut(1)),
+    )
+
+
 _EXPERTS = _experts(
     ["mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"],
     ["mlp.experts.{expert}.down_proj.weight"],
@@ -239,6 +249,22 @@ model_kinds.register("glm4")(
         _in_layer("post_self_attn_layernorm.weight", ["post_self_attn_layernorm.weight"], Whole()),
         _in_layer("post_mlp_layernorm.weight", ["post_mlp_layernorm.weight"], Whole()),
         _in_layer("mlp.linear_fc1.weight", ["mlp.gate_up_proj.weight"], GateOverUp()),
+    )
+)
+
+model_kinds.register("deepseek_v3", "kimi_k2")(
+    (
+        *_DENSE,
+        *_EXPERTS,
+        _in_layer("mlp.router.expert_bias", ["mlp.gate.e_score_correction_bias"], Whole()),
+        *_shared_expert("mlp.shared_experts"),
+        _in_layer("self_attention.linear_q_proj.weight", ["self_attn.q_proj.weight"], Cut(0)),
+        _in_layer("self_attention.linear_q_down_proj.weight", ["self_attn.q_a_proj.weight"], Cut(0)),
+        _in_layer("self_attention.q_layernorm.weight", ["self_attn.q_a_layernorm.weight"], Whole()),
+        _in_layer("self_attention.linear_q_up_proj.weight", ["self_attn.q_b_proj.weight"], Cut(0)),
+        _in_layer("self_attention.linear_kv_down_proj.weight", ["self_attn.kv_a_proj_with_mqa.weight"], Cut(0)),
+        _in_layer("self_attention.kv_layernorm.weight", ["self_attn.kv_a_layernorm.weight"], Whole()),
+        _in_layer("self_attention.linear_kv_up_proj.weight", ["self_attn.kv_b_proj.weight"], Cut(0)),
     )
 )
 

@@ -22,7 +22,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from .attention import PackedCoreAttention, PackedSequences
+from .attention import PackedCoreAttention, PackedSelfAttention, PackedSequences
 
 #: Tokens of one piece: enough for products of matrices at full speed, few enough for a core's second-level cache.
 _PIECE_TOKENS = 256
@@ -103,6 +103,7 @@ class PackedLayer(TransformerLayer):
             and self.tp_group.size() == 1
             and config.normalization == "RMSNorm"
             and isinstance(attention.core_attention, PackedCoreAttention)
+            and type(attention) is PackedSelfAttention
             and isinstance(attention.q_layernorm, RMSNorm | IdentityOp | None)
             and isinstance(self.mlp, GatedMLP)
             and config.gated_linear_unit

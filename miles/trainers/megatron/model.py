@@ -23,7 +23,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -33,15 +33,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 from torch import Tensor
 
-from miles.config.groups import Config
+from miles.config.groups import Config, ModelArgs
 from miles.config.layer_pattern import expanded, listed
 from miles.errors import ConfigError, HookError
 
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
+from .latent import latent_attention_spec
 from .layers import GatedMLP, LayerNorm, PackedLayer, PostNormLayer, RMSNorm
 from .moe import Router, moe_fields, moe_spec
 from .parallel import Parallel, ParallelSizes
-from .rope import inverse_frequencies
+from .rope import inverse_frequencies, yarn_mscale
 
 M = TypeVar("M", bound=GPTModel)
 
@@ -57,7 +58,9 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
     dtype = params_dtype(device)
     on_gpu = device.type == "cuda"
     engine = uses_transformer_engine(config, device)
-    transformer = TransformerConfig(
+    latent = _latent_fields(model)
+    transformer = (MLATransformerConfig if latent else TransformerConfig)(
+        **latent,
         num_layers=_set(model.num_layers),
         hidden_size=_set(model.hidden_size),
         ffn_hidden_size=_set(model.ffn_hidden_size),
@@ -72,10 +75,10 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         activation_func_clamp_value=model.activation_func_clamp_value,
         glu_linear_offset=model.glu_linear_offset or 0.0,
         softmax_type=model.softmax_type or "vanilla",
-        rotary_interleaved=bool(model.rotary_interleaved),
+        rotary_interleaved=bool(model.rotary_interleaved) and not latent,
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=bool(model.add_qkv_bias),
-        **moe_fields(model, with_engine=engine),
+        **moe_fields(model, _layers_of_experts(config), with_engine=engine),
         window_size=model.window_size,
         window_attn_skip_freq=None if model.window_attn_skip_freq is None else listed(model.window_attn_skip_freq),
         hidden_dropout=0.0,
@@ -102,15 +105,33 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         bias_dropout_fusion=on_gpu,
         batch_p2p_comm=on_gpu,
     )
-    #: Megatron has no place for what scaled rotary embeddings multiply cos and sin by.
-    transformer.rotary_scale = _frequencies(config)[1]
+    # Megatron has no place for these: what scaled rotary embeddings multiply cos and sin by, and, of latent attention, its
+    # frequencies, which of its dimensions turn together, and what its softmax's scale is multiplied by.
+    transformer.rotary_frequencies, transformer.rotary_scale = _frequencies(config)
+    transformer.latent_interleaved = bool(model.rotary_interleaved)
+    transformer.softmax_factor = 1.0
+    if latent and model.rope_scaling is not None:
+        transformer.softmax_factor = (
+            yarn_mscale(model.rope_scaling["factor"], model.rope_scaling.get("mscale_all_dim", 0)) ** 2
+        )
     return transformer
+
+
+def _latent_fields(model: ModelArgs) -> dict[str, Any]:
+    """Megatron's configuration of latent attention; empty where the model has none."""
+    if not model.multi_latent_attention:
+        return {}
+    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    # Scaled rotary embeddings are ours; megatron only learns that its softmax is not to be scaled.
+    return {name: getattr(model, name) for name in names} | {"rope_type": "rope", "rotary_scaling_factor": 1.0}
 
 
 def _frequencies(config: Config) -> tuple[Tensor, float]:
     """Of --rotary-base and --rope-scaling; see `inverse_frequencies`."""
     model = config.model
     dim = int(_set(model.kv_channels) * (1.0 if model.rotary_percent is None else model.rotary_percent))
+    if model.multi_latent_attention:
+        dim = _set(model.qk_pos_emb_head_dim)
     return inverse_frequencies(dim, model.rotary_base or 10000, model.rope_scaling)
 
 
@@ -132,6 +153,7 @@ def _has_parts_of_ours(config: Config) -> bool:
         or _has_post_norms(config)
         or model.softmax_type == "learnable"
         or bool(model.quick_geglu)
+        or bool(model.multi_latent_attention)
     )
 
 
@@ -153,7 +175,6 @@ def layer_spec(config: Config, transformer: TransformerConfig, device: torch.dev
     if config.model.spec is not None:
         return _custom_spec(config, transformer)
     if uses_transformer_engine(config, device):
-        transformer.moe_layer_freq = _layers_of_experts(config)
         block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True)
         for layer in block.layer_specs:
             if isinstance(layer.submodules.mlp.submodules, MoESubmodules):
@@ -185,21 +206,22 @@ def local_layer_spec(transformer: TransformerConfig, *, backend: str = "auto", e
     """A layer of megatron's own parts, with norms and packed attention that run on any device."""
     norm = _norm_class(transformer)
     qk_norm = norm if transformer.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=PackedSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=functools.partial(PackedCoreAttention, backend=backend),
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
     return ModuleSpec(
         module=PackedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=PackedSelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=functools.partial(PackedCoreAttention, backend=backend),
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
+            self_attention=latent_attention_spec(backend) if transformer.multi_latent_attention else attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=moe_spec(Router) if experts else GatedMLP,
@@ -288,7 +310,7 @@ def _build(kind: type[M], config: Config, parallel: Parallel) -> M:
         post_process=parallel.is_last_stage,
         pg_collection=parallel.groups,
     ).to(parallel.device)
-    if model.use_rotary_position_embeddings:
+    if model.use_rotary_position_embeddings and not model.multi_latent_attention:
         built.rotary_pos_emb.inv_freq = _frequencies(config)[0].to(parallel.device)
     return built
 

@@ -99,7 +99,12 @@ class ModelWeights:
                     f"takes {tuple(param.shape)} for {name}; check the MODEL flags"
                 )
             param.copy_(shard)
-        unknown = sorted(n for n in reader.unread - self._unused if not n.endswith("rotary_emb.inv_freq"))
+        beyond = _prediction_layers(path, self._model.config.num_layers)
+        unknown = sorted(
+            n
+            for n in reader.unread - self._unused
+            if not n.endswith("rotary_emb.inv_freq") and not n.startswith(beyond)
+        )
         if unknown and self._parallel.sizes.pipeline == 1:
             raise CheckpointError(
                 f"HF checkpoint {path}, got {len(unknown)} tensors that the model has no place for, such as {unknown[0]}: "
@@ -150,6 +155,12 @@ class ModelWeights:
     @property
     def _layer_offset(self) -> int:
         return int(get_transformer_layer_offset(self._model.config))
+
+
+def _prediction_layers(path: str | Path, num_layers: int) -> tuple[str, ...]:
+    """Beginnings of names of layers that predict further tokens: they come after the model's own, and are left out."""
+    more = read_config(path).get("num_nextn_predict_layers") or 0
+    return tuple(f"model.layers.{num_layers + i}." for i in range(more))
 
 
 def name_map(config: Config, parallel: Parallel) -> NameMap:

@@ -91,12 +91,15 @@ def set_step_tokens(transformer: TransformerConfig, tokens_of_micro_batches: Ite
     transformer.step_tokens = total
 
 
-def moe_fields(model: Any, *, with_engine: bool) -> dict[str, Any]:
-    """Megatron's configuration of the experts. `with_engine`: Transformer Engine's kernels are there."""
+def moe_fields(model: Any, layers: list[int], *, with_engine: bool) -> dict[str, Any]:
+    """Megatron's configuration of the experts. `layers`: 1 for each that has some. `with_engine`: Transformer Engine's kernels
+    are there."""
     if model.num_experts is None:
         return {}
     return {
         "num_moe_experts": model.num_experts,
+        # A list says that layers differ, and checkpoints then keep each under its own name.
+        "moe_layer_freq": 1 if all(layers) else layers,
         "moe_router_topk": model.moe_router_topk,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,

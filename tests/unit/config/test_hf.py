@@ -152,7 +152,43 @@ _COMPLETE = {
     "qwen3_moe": BASE | {"model_type": "qwen3_moe", "sliding_window": 8, "use_sliding_window": True} | _MOE,
     "glm4": BASE | {"model_type": "glm4"},
     "gpt_oss": BASE | {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v3": BASE
+    | {"model_type": "deepseek_v3", "q_lora_rank": 12, "kv_lora_rank": 8, "v_head_dim": 8, "qk_nope_head_dim": 16}
+    | {"qk_rope_head_dim": 4, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 4}
+    | {"moe_intermediate_size": 32, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+    | {"rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}},
 }
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "kimi_k2"])
+def test_latent_attention(kind: str) -> None:
+    config = _COMPLETE["deepseek_v3"] | {"model_type": kind}
+    values = model_values(config, where="d")
+    assert (values["kv_channels"], values["qk_pos_emb_head_dim"], values["num_query_groups"]) == (16, 4, 2)
+    assert values["moe_layer_freq"] == "[0]*1+[1]*2"
+    assert values["moe_shared_expert_intermediate_size"] == 64
+    assert (values["moe_router_num_groups"], values["moe_router_group_topk"]) == (4, 2)
+    assert "moe_router_num_groups" not in model_values(config | {"n_group": 1, "topk_group": 1}, where="d")
+    assert values["moe_router_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scoring_func": "softmax"}, "scoring_func softmax: only sigmoid is built"),
+        ({"topk_method": "greedy"}, "topk_method greedy: only noaux_tc is built"),
+        ({"norm_topk_prob": False}, "norm_topk_prob False"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
+        ({"topk_group": 1}, "num_experts_per_tok 4 and topk_group 1: groups are chosen by their best two experts"),
+        ({"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}, "num_experts_per_tok 1"),
+        ({"attention_bias": True}, "attention_bias True: biases of latent attention"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config fp8"),
+    ],
+)
+def test_routing_that_megatron_does_otherwise_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        model_values(_COMPLETE["deepseek_v3"] | changes, where="d")
+    assert message in str(caught.value)
 
 
 def test_families_with_parts_of_their_own() -> None:

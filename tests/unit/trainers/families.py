@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4Config,
     Glm4ForCausalLM,
     GptOssConfig,
@@ -83,6 +86,17 @@ def _gpt_oss(**options: Any) -> PreTrainedModel:
     return GptOssForCausalLM(config)
 
 
+def _deepseek(**options: Any) -> PreTrainedModel:
+    heads = {"num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 40, "v_head_dim": 12}
+    heads |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "first_k_dense_replace": 1}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "n_shared_experts": 2}
+    groups = {"n_group": 4, "topk_group": 2}
+    # The norms between latent projections have an epsilon of their own.
+    norms = {"rms_norm_eps": 1e-3}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**_SIZES | heads | experts | groups | norms | options))
+
+
+_DEEPSEEK_YARN = _YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}
 #: Case -> its model. The first word is the family.
 CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: _qwen2(),
@@ -104,6 +118,9 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "glm4": lambda: _glm4(),
     "glm4 tied, no biases": lambda: _glm4(attention_bias=False, tie_word_embeddings=True),
     "gpt_oss": lambda: _gpt_oss(),
+    "deepseek_v3": lambda: _deepseek(rope_parameters=_DEEPSEEK_YARN),
+    "deepseek_v3 whole queries": lambda: _deepseek(q_lora_rank=None, rope_interleave=False, n_shared_experts=1),
+    "kimi_k2": lambda: _deepseek(rope_parameters=_DEEPSEEK_YARN | {"mscale": 1.0}, n_group=1, topk_group=1),
 }
 
 
@@ -119,10 +136,20 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
                 parameter.uniform_(-0.5, 0.5)
             elif name.endswith("sinks"):
                 parameter.uniform_(-1, 2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.3, 0.3)
     return model
 
 
 def save_model(case: str, directory: Path) -> PreTrainedModel:
     model = make_model(case)
     model.save_pretrained(directory)
+    if case == "kimi_k2":
+        # transformers has no such class: the released files are of DeepSeek-V3's under another name, in the older spelling.
+        file = directory / "config.json"
+        config = json.loads(file.read_text()) | {"model_type": "kimi_k2"}
+        rope = config.pop("rope_parameters")
+        config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+        file.write_text(json.dumps(config))
     return model

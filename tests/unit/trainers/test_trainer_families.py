@@ -6,17 +6,19 @@ docs/models.md is the table of what is checked here.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from miles.config import Config, make_config
+from miles.errors import CheckpointError
 from miles.trainers.megatron import cpu
 from miles.trainers.megatron.attention import PackedSequences
 from miles.trainers.megatron.model import PolicyModel, build_model, padded_vocab_size
@@ -103,6 +105,21 @@ def test_logits_and_gradients_are_those_of_transformers(loaded: Loaded) -> None:
                 compared += 1
                 torch.testing.assert_close(grad, other, atol=1e-4 * max(1.0, other.abs().max().item()), rtol=1e-4)
     assert compared >= 2 + 4 * loaded.config.model.num_layers  # type: ignore[operator]
+
+
+def test_layers_that_predict_further_tokens_are_left_out(parallel: Parallel, tmp_path: Path) -> None:
+    """DeepSeek-V3 has one after its own layers; others that the model has no place for are an error."""
+    save_model("deepseek_v3", tmp_path)
+    config = make_config(hf_checkpoint=str(tmp_path))
+    with cpu.cuda_means_cpu():
+        weights = ModelWeights(build_model(config, parallel), name_map(config, parallel), parallel, tied=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.layers.2.eh_proj.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 tensors that the model has no place for, such as model\.layers\.2\."):
+        weights.load(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}))
+    weights.load(tmp_path)
 
 
 def test_every_tensor_comes_back_bitwise(loaded: Loaded) -> None:
