@@ -24,8 +24,9 @@ from torch import Tensor
 
 from .attention import PackedCoreAttention, PackedSelfAttention, PackedSequences
 
-#: Tokens of one piece: enough for products of matrices at full speed, few enough for a core's second-level cache.
-_PIECE_TOKENS = 256
+#: Tokens of one piece, at most: enough for products of matrices at full speed and for what Python adds to each operation, few
+#: enough for a core's caches.
+_PIECE_TOKENS = 512
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -341,4 +342,7 @@ def _complex(x: Tensor) -> Tensor:
 
 
 def _pieces(tokens: int) -> list[slice]:
-    return [slice(start, start + _PIECE_TOKENS) for start in range(0, tokens, _PIECE_TOKENS)]
+    """As few as there can be, of equal size."""
+    count = max(1, -(-tokens // _PIECE_TOKENS))
+    size = max(1, -(-tokens // count))
+    return [slice(start, start + size) for start in range(0, tokens, size)]
