@@ -113,6 +113,7 @@ class App:
 
     def _start(self) -> None:
         from . import guardian
+        from .actors import settle
         from .engine_group import EngineGroup
         from .placement import cluster_has_gpu, place
         from .ray_cluster import ray_cluster
@@ -179,6 +180,7 @@ class App:
                 **self._resolution.secrets,
             },
         )
+        settle()
         self.tracker.add({"perf/start_time": time.perf_counter() - started})
         self._step_started = time.perf_counter()
 

@@ -39,7 +39,7 @@ from miles.observe.report.trace import MAX_TOKENS, TokenTexts, TracedSample, Tra
 from miles.rollout import DatasetRollout, LogHooks, Rollout, channels_of, load_eval_rows, training_channels
 from miles.types import RolloutOutput, Sample, SampleGroup, TrainBatch, WeightVersion
 
-from .actors import Beat, actor, all_stacks, control, sign_of_life
+from .actors import Beat, actor, all_stacks, control, settle, sign_of_life
 from .engine_group import EngineAddress
 from .placement import Placement
 from .waits import Look, Process, wait_for
@@ -114,6 +114,10 @@ class RolloutManagerActor:
 
     async def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
         """Connects to the engines and, when the run continues a checkpoint, takes up its `state`."""
+        await self._start(engines, dp_size, state)
+        settle()
+
+    async def _start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
         self.dp_size, self._loop = dp_size, asyncio.get_running_loop()
         if self.source is not None:
             if state:

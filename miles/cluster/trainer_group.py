@@ -31,7 +31,7 @@ from miles.trainers import make_trainer
 from miles.types import TrainBatch, WeightVersion
 from miles.weights import PublishStats, SharedMemoryTransport, TorchSharingTransport, publish
 
-from .actors import Beat, actor, all_stacks, control, sign_of_life
+from .actors import Beat, actor, all_stacks, control, settle, sign_of_life
 from .engine_group import EngineAddress
 from .placement import Placement
 from .waits import Look, Process, wait_for
@@ -97,7 +97,9 @@ class TrainerActor:
             run_dir=run_dir,
             total_optimizer_steps=total_steps,
         )
-        return self.trainer.load_initial(resume_from)
+        first_rollout = self.trainer.load_initial(resume_from)
+        settle()
+        return first_rollout
 
     def train(self, batch: TrainBatch) -> Trained:
         self._has_trained = False
