@@ -10,7 +10,7 @@
 set -euo pipefail
 # shellcheck source=scripts/lib/preference.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib/preference.sh"
-RM_ARGS=(--center-rewards-coefficient 0.01)
+RM_ARGS=(--center-rewards-coefficient 0.01 --beta unset)
 if [ -z "${HF_CHECKPOINT:-}" ]; then
   CKPT_DIR=${CKPT_DIR:-$ROOT/.miles/tiny_reward_model}
   RM_ARGS+=(--save "$CKPT_DIR")

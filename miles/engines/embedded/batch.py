@@ -28,6 +28,7 @@ class Feature:
     MIN_TOKENS = 64
     TEXT_STOP = 128
     TOP_LOG_PROBS = 256
+    STREAMED = 512
 
 
 #: All columns are 8 bytes wide, so that each is a strided array that torch can wrap without a copy.
@@ -107,6 +108,7 @@ class Batch:
         features |= Feature.MIN_TOKENS if p.min_new_tokens and stop_ids else 0
         features |= Feature.TEXT_STOP if p.stop or p.stop_regex else 0
         features |= Feature.TOP_LOG_PROBS if row.top_logprobs_num else 0
+        features |= Feature.STREAMED if row.job.listener is not None else 0
         slot, prompt_tokens = self._free_slots.pop(), len(row.input_ids)
         self.columns[index] = (
             seed, 0, prompt_tokens, max_new, prompt_tokens + max_new, slot, _NO_TOKEN, features, p.min_new_tokens,

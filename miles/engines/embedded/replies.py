@@ -13,12 +13,13 @@ from .text import Tokenizer, trim_at_stop
 
 def build_reply(job: Job, tokenizer: Tokenizer | None, latency_s: float) -> dict[str, Any] | list[dict[str, Any]]:
     """One object, or a list for a batch and for n > 1."""
-    texts = _texts(job.rows, tokenizer)
-    replies = [_reply(row, text, tokenizer, latency_s) for row, text in zip(job.rows, texts, strict=True)]
+    texts = final_texts(job.rows, tokenizer)
+    replies = [row_reply(row, text, tokenizer, latency_s) for row, text in zip(job.rows, texts, strict=True)]
     return replies if job.as_list else replies[0]
 
 
-def _reply(row: Row, text: str, tokenizer: Tokenizer | None, latency_s: float) -> dict[str, Any]:
+def row_reply(row: Row, text: str, tokenizer: Tokenizer | None, latency_s: float) -> dict[str, Any]:
+    """Of one row: finished, or as far as it is (`finish_reason` None)."""
     assert row.output_ids is not None
     meta: dict[str, Any] = {
         "id": row.rid,
@@ -54,16 +55,16 @@ def _add_log_probs(meta: dict[str, Any], row: Row, tokenizer: Tokenizer | None) 
 
 def _triples(values: list[Any], ids: np.ndarray, tokenizer: Tokenizer | None) -> list[tuple[Any, int, str | None]]:
     tokens = ids.tolist()
-    texts = itertools.repeat(None, len(tokens)) if tokenizer is None else _token_texts(tokens, tokenizer)
+    texts = itertools.repeat(None, len(tokens)) if tokenizer is None else token_texts(tokens, tokenizer)
     return list(zip(values, tokens, texts, strict=True))
 
 
 def _top(top: list[tuple[float, int]], tokenizer: Tokenizer | None) -> list[list[Any]]:
-    texts = [None] * len(top) if tokenizer is None else _token_texts([token for _, token in top], tokenizer)
+    texts = [None] * len(top) if tokenizer is None else token_texts([token for _, token in top], tokenizer)
     return [[value, token, text] for (value, token), text in zip(top, texts, strict=True)]
 
 
-def _token_texts(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
+def token_texts(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
     return tokenizer.decode_batch([[token] for token in tokens], skip_special_tokens=False)
 
 
@@ -77,7 +78,7 @@ def _version_spans(row: Row) -> list[dict[str, Any]]:
     return [{"version": version, "start": start, "end": end} for version, start, end in filled]
 
 
-def _texts(rows: list[Row], tokenizer: Tokenizer | None) -> list[str]:
+def final_texts(rows: list[Row], tokenizer: Tokenizer | None) -> list[str]:
     """The answers as text; what stopped a row is trimmed off unless it asked otherwise."""
     if tokenizer is None:
         return [""] * len(rows)

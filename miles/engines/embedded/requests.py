@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,7 +103,19 @@ class Job:
     as_list: bool = False
     """The reply is a list: a batch, or n > 1."""
     return_text_in_logprobs: bool = False
+    stream: bool = False
+    """The client reads the answer while it is made."""
     num_unfinished: int = 0
+    listener: Callable[[list[Token]], None] | None = None
+    """Called from the decode thread with what each step adds, where somebody streams the answer."""
+
+
+class Token(NamedTuple):
+    """What a step adds to a streamed row; `id` None says that the row has ended, and is filled in."""
+
+    row: Row
+    id: int | None
+    log_prob: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,13 +131,13 @@ class Limits:
 
 _SAMPLING_UNSUPPORTED = ("json_schema", "regex", "ebnf", "structural_tag", "custom_params", "stream_interval")
 _UNSUPPORTED = (
-    "stream", "lora_path", "image_data", "video_data", "audio_data", "modalities", "input_embeds", "session_params",
+    "lora_path", "image_data", "video_data", "audio_data", "modalities", "input_embeds", "session_params",
     "custom_logit_processor", "return_hidden_states", "return_routed_experts", "token_ids_logprob", "background",
     "bootstrap_host", "bootstrap_port", "bootstrap_room", "data_parallel_rank", "priority", "extra_key", "log_metrics",
 )  # fmt: skip
 _SUPPORTED = (
     "text", "input_ids", "sampling_params", "rid", "return_logprob", "logprob_start_len", "top_logprobs_num",
-    "return_text_in_logprobs",
+    "return_text_in_logprobs", "stream",
 )  # fmt: skip
 _SAMPLING_SUPPORTED = (
     "max_new_tokens", "min_new_tokens", "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty",
@@ -173,6 +185,7 @@ def parse_generate(body: Any, limits: Limits) -> Job:
         rid=body["rid"] if isinstance(body.get("rid"), str) else "",
         as_list=batched or n > 1,
         return_text_in_logprobs=_flag(body, "return_text_in_logprobs"),
+        stream=_flag(body, "stream"),
     )
     if job.return_text_in_logprobs and limits.encode is None:
         raise RequestError("return_text_in_logprobs, got true: the engine has no tokenizer (--skip-tokenizer-init)")

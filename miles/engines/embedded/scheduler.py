@@ -32,7 +32,7 @@ from miles.errors import EngineError, WeightUpdateError
 from .batch import Batch, Feature
 from .cache import EXTENT_STEP, KVCache, round_extent
 from .model import DecoderModel
-from .requests import Job, Row, max_new_tokens
+from .requests import Job, Row, Token, max_new_tokens
 from .sampler import Sampler, top_tokens
 from .sampling import log_probs
 from .segment import TensorSpec
@@ -436,6 +436,8 @@ class Scheduler:
         self._finish_completed()
         if not batch.num_rows:
             return
+        if batch.features & Feature.STREAMED:
+            self._stream()
         self._cache.reserve(batch.num_rows, int(batch.live["length"].max()) + 1, kept_rows=batch.num_rows)
         columns = batch.columns[: self._fixed_rows or batch.num_rows]
         lengths, tokens = columns["length"].copy(), columns["token"].copy()
@@ -445,6 +447,18 @@ class Scheduler:
         fed = torch.as_tensor(tokens, device=self._device)
         self._model.decode(fed, self._cache, plan, self._hidden[: len(columns)])
         batch.live["length"] += 1
+
+    def _stream(self) -> None:
+        """Tells who listens what the rows that go on have got."""
+        batch = self._batch
+        made: dict[Job, list[Token]] = {}
+        for i in batch.having(Feature.STREAMED).tolist():
+            row = batch.rows[i]
+            tokens, values = batch.output(i)
+            made.setdefault(row.job, []).append(Token(row, int(tokens[-1]), float(values[-1])))
+        for job, news in made.items():
+            assert job.listener is not None
+            job.listener(news)
 
     def _finish_completed(self) -> None:
         """A stop token wins over a stop text, and both over the length limit."""
@@ -499,6 +513,8 @@ class Scheduler:
         if not row.versions:
             row.versions.append((self.weights.version, 0))
         self.counters.finished_rows += 1
+        if row.job.listener is not None:
+            row.job.listener([Token(row, None)])
         row.job.num_unfinished -= 1
         if not row.job.num_unfinished:
             self._futures.pop(row.job).set_result(row.job)

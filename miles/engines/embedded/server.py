@@ -1,7 +1,7 @@
 """The HTTP side: routes, token, status codes. Everything that touches a tensor happens in the scheduler's decode thread.
 
     GET  /health (no token)  /health_generate  /model_info  /server_info  /v1/models
-    POST /generate  /abort_request  /pause_generation  /continue_generation  /flush_cache
+    POST /generate  /v1/completions  /v1/chat/completions  /abort_request  /pause_generation  /continue_generation  /flush_cache
     POST /update_weights_from_tensor  /update_weight_version  /weights_checker
 
 A request that is wrong is answered with 400 and one line, a failure of ours with 500 and one line; neither harms the engine.
@@ -10,6 +10,7 @@ A request that is wrong is answered with 400 and one line, a failure of ours wit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import time
@@ -20,14 +21,17 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from miles.errors import MilesError, UserError, WeightUpdateError
+from miles.errors import EngineError, MilesError, UserError, WeightUpdateError
 
 from .model_config import ModelConfig
+from .openai_api import Question, chunk, parse_chat, parse_completion, usage_chunk
+from .openai_api import reply as openai_reply
 from .options import EngineOptions
-from .replies import build_reply
-from .requests import Limits, RequestError, parse_generate
+from .replies import build_reply, final_texts, row_reply
+from .requests import Job, Limits, RequestError, parse_generate
 from .scheduler import Scheduler
 from .segment import TensorSpec
+from .stream import EventStream, Growing, GrowingText, follow, so_far
 from .text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +77,8 @@ class EngineServer:
             get(path, self.server_info)
         get("/v1/models", self.models)
         post("/generate", self.generate)
+        post("/v1/completions", self.completions)
+        post("/v1/chat/completions", self.chat_completions)
         post("/abort_request", self.abort_request)
         post("/pause_generation", self.pause_generation)
         post("/continue_generation", self.continue_generation)
@@ -105,6 +111,42 @@ class EngineServer:
     async def generate(self, request: web.Request) -> web.StreamResponse:
         began = time.perf_counter()
         job = parse_generate(await _json(request), self._info.limits)
+        if not job.stream:
+            await self._finish(job)
+            return _response(build_reply(job, self._tokenizer, time.perf_counter() - began))
+
+        def reply(growing: Growing, text: str, since: int, added: str) -> dict[str, Any]:
+            made = row_reply(so_far(growing), text, self._tokenizer, time.perf_counter() - began)
+            return {**made, **({"index": growing.number} if job.as_list else {})}
+
+        return await self._stream(request, job, reply)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        question = parse_completion(await _json(request), self._name)
+        return await self._answer(request, question)
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        body, tokenizer = await _json(request), self._texts
+        question = await asyncio.to_thread(parse_chat, body, self._name, tokenizer.render_chat)
+        return await self._answer(request, question)
+
+    async def _answer(self, request: web.Request, question: Question) -> web.StreamResponse:
+        """OpenAI's two endpoints, once their bodies are read."""
+        job, tokenizer = parse_generate(question.generate, self._info.limits), self._texts
+        if not question.stream:
+            await self._finish(job)
+            return _response(openai_reply(question, job, tokenizer))
+
+        def reply(growing: Growing, text: str, since: int, added: str) -> dict[str, Any] | None:
+            if not (added or growing.ended or question.log_probs):
+                return None
+            return chunk(question, growing.number, so_far(growing), added, tokenizer, since=since)
+
+        last = (lambda: usage_chunk(question, job)) if question.include_usage else None
+        return await self._stream(request, job, reply, last)
+
+    async def _finish(self, job: Job) -> None:
+        """Submits the job and waits for all of it."""
         future = self._scheduler.submit(job)
         try:
             await asyncio.wrap_future(future)
@@ -112,7 +154,40 @@ class EngineServer:
             # The client has gone: nobody reads what these rows would still make.
             self._scheduler.run(lambda: self._scheduler.abort(lambda row: row.job is job, "the client disconnected"))
             raise
-        return _response(build_reply(job, self._tokenizer, time.perf_counter() - began))
+
+    async def _stream(
+        self,
+        request: web.Request,
+        job: Job,
+        reply: Callable[[Growing, str, int, str], dict[str, Any] | None],
+        last: Callable[[], dict[str, Any]] | None = None,
+    ) -> web.StreamResponse:
+        """Submits the job and sends its rows as they grow.
+
+        `reply(growing, text, since, added)` is an event, or None for nothing to say yet: the row with its text, and the number of
+        tokens and the piece of text that are new since its last event. `last` is one more at the end.
+        """
+        events, tokenizer = EventStream(request), self._tokenizer
+        texts = {} if tokenizer is None else {row: GrowingText(tokenizer, row.params) for row in job.rows}
+        sent = dict.fromkeys(job.rows, (0, ""))
+        try:
+            async with contextlib.aclosing(follow(self._scheduler, job)) as grown:
+                async for rows in grown:
+                    for growing in rows:
+                        row, (since, before) = growing.row, sent[growing.row]
+                        if growing.ended:
+                            text = final_texts([row], tokenizer)[0]
+                        else:
+                            text = texts[row].of(growing.tokens) if texts else ""
+                        added = text[len(before) :]
+                        if (event := reply(growing, text, since, added)) is not None:
+                            await events.send(event)
+                            sent[row] = len(growing.tokens), text
+            if last is not None:
+                await events.send(last())
+        except EngineError as error:
+            await events.send(_failure_body(500, str(error)))
+        return await events.end()
 
     async def abort_request(self, request: web.Request) -> web.StreamResponse:
         """Unknown ids are not an error: the request may just have finished."""
@@ -266,11 +341,27 @@ class EngineServer:
         )
 
     async def models(self, request: web.Request) -> web.StreamResponse:
-        name = self._info.options.served_model_name or self._info.options.model_path
-        card = {"id": name, "object": "model", "owned_by": "miles", "max_model_len": self._info.limits.context_length}
+        card = {
+            "id": self._name,
+            "object": "model",
+            "owned_by": "miles",
+            "max_model_len": self._info.limits.context_length,
+        }
         return _response({"object": "list", "data": [card]})
 
     # ------------------------------------------------------------------------------------------------------ shared
+
+    @property
+    def _name(self) -> str:
+        return self._info.options.served_model_name or self._info.options.model_path
+
+    @property
+    def _texts(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RequestError(
+                "text, got a request: the engine has no tokenizer (--skip-tokenizer-init); use /generate"
+            )
+        return self._tokenizer
 
     async def _on_decode_thread(self, function: Callable[[], Any]) -> Any:
         if not self._scheduler.alive:
@@ -340,8 +431,13 @@ def _success(message: str, **more: Any) -> web.Response:
 
 
 def _failure(status: int, message: str) -> web.Response:
-    """Both shapes that SGLang's clients look for: `message` (control) and `error.message` (generation)."""
+    return _response(_failure_body(status, message), status)
+
+
+def _failure_body(status: int, message: str) -> dict[str, Any]:
+    """Both shapes that SGLang's clients look for: `message` (control) and `error.message` (generation, OpenAI)."""
     line = " ".join(message.split())
     if len(line) > MAX_MESSAGE_CHARS:  # the sender's own words, given back
         line = f"{line[: MAX_MESSAGE_CHARS // 2]} ... {line[-MAX_MESSAGE_CHARS // 2 :]}"
-    return _response({"success": False, "message": line, "error": {"message": line, "code": status}}, status)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"success": False, "message": line, "error": {"message": line, "type": kind, "param": None, "code": status}}

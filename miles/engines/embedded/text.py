@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from miles.errors import CheckpointError
 
-from .requests import SamplingParams
+from .requests import RequestError, SamplingParams
 
 
 class _Backend(Protocol):
@@ -56,6 +56,8 @@ class Tokenizer:
     def __init__(self, directory: Path) -> None:
         """Raises `CheckpointError` where the directory holds no tokenizer."""
         self._backend: _Backend
+        self._directory = directory
+        self._chat: Any = None
         try:
             fast = directory / "tokenizer.json"
             self._backend = _FastBackend(fast) if fast.exists() else _TransformersBackend(directory)
@@ -73,6 +75,32 @@ class Tokenizer:
     def decode_batch(self, rows: Sequence[list[int]], *, skip_special_tokens: bool) -> list[str]:
         """One text per row of ids."""
         return self._backend.decode_batch(list(rows), skip_special_tokens) if rows else []
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        continues: bool,
+        kwargs: dict[str, Any],
+    ) -> list[int]:
+        """Token ids of a conversation by the chat template, up to where the assistant is to speak, or within its last message
+        where that `continues`. The first call imports transformers. Raises `RequestError`."""
+        if self._chat is None:
+            self._chat = _TransformersBackend(self._directory).tokenizer
+        try:
+            ids = self._chat.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                tokenize=True,
+                return_dict=False,
+                **kwargs,
+            )
+        except Exception as error:  # a template is a program of the checkpoint's
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RequestError(f"messages, got some that the chat template refuses ({reason}): mend them") from error
+        return [int(token) for token in ids]
 
     def _find_eos(self, directory: Path) -> int | None:
         if isinstance(self._backend, _TransformersBackend):

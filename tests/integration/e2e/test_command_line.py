@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -127,3 +128,27 @@ def test_a_start_that_takes_too_long_is_an_error_that_names_the_flag(task, tmp_p
     assert done.returncode == 1
     assert "--start-timeout" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_recipe_resolves_without_arguments(task: Path) -> None:
+    """With the tiny model, up to what a run would be; the teacher of gkd is the model itself."""
+    scripts = sorted((REPO / "scripts").glob("run_*.sh"))
+    assert len(scripts) >= 7
+    started = [
+        subprocess.Popen(
+            ["bash", str(script), "--print-config"],
+            cwd=REPO,
+            env={**environment(), "TEACHER": str(task / "model")},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for script in scripts
+    ]
+    refused = {
+        script.name: text
+        for script, run in zip(scripts, started, strict=True)
+        if (text := run.communicate(timeout=200)[1]) and run.returncode
+    }
+    assert not refused

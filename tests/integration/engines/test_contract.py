@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import psutil
 import pytest
 import torch
@@ -54,6 +55,12 @@ class Engine:
 
         return asyncio.run(ask())
 
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        reply = httpx.post(self.process.url + path, json=body, headers=headers, timeout=60)
+        assert reply.status_code == 200, reply.text
+        return reply
+
     def publish(self, model: PreTrainedModel, version: str, buffer_bytes: int = 1 << 20) -> Any:
         async def send() -> Any:
             transport = SharedMemoryTransport() if self.kind == "embedded" else TorchSharingTransport()
@@ -90,7 +97,11 @@ async def launch(kind: str, directory: Path, log: Path) -> EngineProcess:
 @pytest.fixture(scope="module")
 def old_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     directory = tmp_path_factory.mktemp("checkpoint")
-    return directory, save_checkpoint(directory, initializer_range=WELL_CONDITIONED)
+    model = save_checkpoint(directory, initializer_range=WELL_CONDITIONED)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(directory)
+    return directory, model
 
 
 needs_sglang = pytest.mark.skipif(SGLANG_VENV is None, reason="SGLANG_CPU_VENV names no environment with sglang")
@@ -253,6 +264,36 @@ def _seen_running(reply: Any) -> None:
     assert {row["meta_info"]["finish_reason"]["type"] for row in rows} == {"abort"}
     for row in rows:
         assert len(row["meta_info"]["output_token_logprobs"]) == len(row["output_ids"]) < 240
+
+
+def test_a_stream_grows_into_the_whole_answer(engine):
+    params = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": params, "return_logprob": True}
+    whole = engine.generate(**{k: v for k, v in body.items() if k != "return_logprob"})
+    lines = engine.post("/generate", {**body, "stream": True}).text.split("\n\n")
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+    parts = [orjson.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert parts[-1]["output_ids"] == whole["output_ids"]
+    assert parts[-1]["text"] == whole["text"]
+    assert parts[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": 12}
+    torch.testing.assert_close(log_probs_of(parts[-1]), log_probs_of(whole), atol=1e-5, rtol=0)
+    for part in parts:
+        assert whole["output_ids"][: len(part["output_ids"])] == part["output_ids"]
+        assert whole["text"].startswith(part["text"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_openais_endpoints_answer_as_generate_does(engine, chat):
+    params = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
+    whole = engine.generate(text="12+34=", sampling_params=params)
+    asked = {"messages": [{"role": "user", "content": "12+34="}]} if chat else {"prompt": "12+34="}
+    body = {"model": "any", **asked, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    reply = engine.post("/v1/chat/completions" if chat else "/v1/completions", body).json()
+    [choice] = reply["choices"]
+    assert (choice["message"]["content"] if chat else choice["text"]) == whole["text"]
+    assert choice["finish_reason"] == "length"
+    assert reply["usage"]["completion_tokens"] == 6
+    assert reply["usage"]["prompt_tokens"] == 6
 
 
 def test_an_aborted_request_returns_what_it_has(engine):

@@ -183,7 +183,7 @@ def test_stop_strings_are_trimmed_from_the_text_alone(server):
         ("/generate", b"[1]", "object"),
         ("/generate", b'{"input_ids": [99999]}', "vocabulary"),
         ("/generate", b'{"text": "1", "sampling_params": {"json_schema": "{}"}}', "json_schema"),
-        ("/generate", b'{"text": "1", "stream": true}', "stream"),
+        ("/generate", b'{"text": "1", "stream": 1}', "stream"),
         ("/abort_request", b"{}", "rid"),
         ("/pause_generation", b'{"mode": "in_place"}', "not built yet"),
         ("/pause_generation", b'{"mode": "sideways"}', "sideways"),

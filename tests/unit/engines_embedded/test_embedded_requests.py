@@ -36,7 +36,7 @@ BARE = Limits(vocab_size=100, context_length=64, max_total_tokens=32, encode=Non
         ({"input_ids": [1] * 64}, "context length is 64"),
         ({"input_ids": [1], "strem": True}, "strem"),
         ({"input_ids": [1], "return_logprobs": True}, "did you mean 'return_logprob'"),
-        ({"input_ids": [1], "stream": True}, "stream"),
+        ({"input_ids": [1], "stream": "yes"}, "stream"),
         ({"input_ids": [1], "lora_path": "x"}, "lora_path"),
         ({"input_ids": [1], "image_data": ["x"]}, "image_data"),
         ({"input_ids": [1], "return_logprob": "yes"}, "return_logprob"),

@@ -68,6 +68,16 @@ def test_the_real_preference_recipes_resolve(
     assert printed(run.stdout, "global_batch_size").split()[1] == "64"
 
 
+@pytest.mark.parametrize(("recipe", "data"), [("ppo", "PROMPT_DATA"), ("rm", "PROMPT_DATA"), ("sft", "SFT_DATA")])
+def test_the_other_real_recipes_resolve(
+    tmp_path: Path, real_run: dict[str, str | None], recipe: str, data: str
+) -> None:
+    environment = {**real_run, "PROMPT_DATA": None, data: real_run["PROMPT_DATA"]}
+    run = bash(str(REPO / f"scripts/run_qwen3_{recipe}.sh"), "--print-config", cwd=tmp_path, **environment)
+    assert run.returncode == 0, run.stderr
+    assert str(tmp_path / "checkpoints/Qwen3-4B") in printed(run.stdout, "save")
+
+
 def test_the_wrong_model_is_an_error_of_train_py(tmp_path: Path, real_run: dict[str, str | None]) -> None:
     run = bash(str(REPO / RECIPE), "--print-config", cwd=tmp_path, **real_run, MODEL="qwen3-8B")
     assert run.returncode == 2
