@@ -31,7 +31,7 @@ FREE_MODEL_FLAGS = frozenset(
     }
 )
 #: MODEL flags that are a pattern of layers; one may be written in several ways.
-PATTERN_FLAGS = frozenset({"window_attn_skip_freq", "moe_layer_freq"})
+PATTERN_FLAGS = frozenset({"window_attn_skip_freq", "moe_layer_freq", "linear_attention_freq"})
 
 
 @dataclass

@@ -62,9 +62,14 @@ def _qwen3(hf: HfConfig) -> dict[str, Any]:
 
 @_family("qwen3_moe")
 def _qwen3_moe(hf: HfConfig) -> dict[str, Any]:
+    return _qwen3(hf) | _softmax_experts(hf)
+
+
+def _softmax_experts(hf: HfConfig) -> dict[str, Any]:
+    """Experts chosen by softmax, in the layers that the Qwen files say."""
     sparse, dense = hf.get("decoder_sparse_step") or 1, set(hf.get("mlp_only_layers") or ())
     layers = [int(i not in dense and (i + 1) % sparse == 0) for i in range(hf["num_hidden_layers"])]
-    return _qwen3(hf) | {
+    return {
         "num_experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
         "moe_layer_freq": repeated(layers),
         "moe_ffn_hidden_size": hf["moe_intermediate_size"],
@@ -128,6 +133,44 @@ def _deepseek_v3(hf: HfConfig) -> dict[str, Any]:
             "qk_head_dim": hf["qk_nope_head_dim"],
             "qk_pos_emb_head_dim": hf["qk_rope_head_dim"],
             "v_head_dim": hf["v_head_dim"],
+        }
+    )
+
+
+@_family("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+def _qwen3_5(hf: HfConfig) -> dict[str, Any]:
+    _refuse(hf, "attention_bias", False, "biases of attention are not built for this family")
+    layers, every = hf["num_hidden_layers"], hf.get("full_attention_interval") or 4
+    kinds = hf.get("layer_types") or [
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)
+    ]
+    other = set(kinds) - {"full_attention", "linear_attention"}
+    if other or len(kinds) != layers:
+        raise Unsupported(f"layer_types {', '.join(kinds)}: {layers} layers of full and linear attention are built")
+    values = {
+        **_decoder({"intermediate_size": hf.get("moe_intermediate_size"), **hf}, rotary_percent=0.25),
+        "kv_channels": hf.get("head_dim") or 256,
+        "qk_layernorm": True,
+        "apply_layernorm_1p": True,
+        "attention_output_gate": True,
+        "linear_attention_freq": repeated([int(kind == "linear_attention") for kind in kinds]),
+        "linear_conv_kernel_dim": hf.get("linear_conv_kernel_dim", 4),
+        "linear_key_head_dim": hf.get("linear_key_head_dim", 128),
+        "linear_value_head_dim": hf.get("linear_value_head_dim", 128),
+        "linear_num_key_heads": hf.get("linear_num_key_heads", 16),
+        "linear_num_value_heads": hf.get("linear_num_value_heads", 32),
+        "spec": ("miles_plugins.models.qwen3_5", "get_qwen3_5_spec"),
+    }
+    if hf["model_type"] == "qwen3_5_text":
+        return values
+    _refuse(hf, "norm_topk_prob", True, "only normalised scores are built for this family")
+    return (
+        values
+        | _softmax_experts(hf)
+        | {
+            "moe_router_pre_softmax": False,
+            "moe_shared_expert_intermediate_size": hf["shared_expert_intermediate_size"],
+            "moe_shared_expert_gate": True,
         }
     )
 

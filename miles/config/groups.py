@@ -42,6 +42,8 @@ class ModelArgs:
     """Added to that other factor."""
     normalization: Literal["RMSNorm", "LayerNorm"] | None = None
     """Kind of norm."""
+    apply_layernorm_1p: bool | None = None
+    """Weights of norms stored minus one."""
     norm_epsilon: float | None = None
     """Epsilon of the norms."""
     post_self_attn_layernorm: bool | None = None
@@ -78,6 +80,20 @@ class ModelArgs:
     """Longest position the model knows."""
     softmax_type: Literal["vanilla", "learnable"] | None = None
     """Softmax of attention: learnable adds a trained logit without a value to each head (a sink)."""
+    attention_output_gate: bool | None = None
+    """A gate, computed like the query, of what each head of attention gives."""
+    linear_attention_freq: str | None = None
+    """Which layers have linear attention: all but every N-th, or a list such as [1]*3+[0]*1. Needs a --spec that builds them."""
+    linear_conv_kernel_dim: int | None = None
+    """Tokens that their convolution sees."""
+    linear_key_head_dim: int | None = None
+    """Dimension of their query and key heads."""
+    linear_value_head_dim: int | None = None
+    """Dimension of their value heads."""
+    linear_num_key_heads: int | None = None
+    """Query heads, and key heads."""
+    linear_num_value_heads: int | None = None
+    """Value heads."""
     multi_latent_attention: bool | None = None
     """Keys and values from one narrow vector (MLA)."""
     q_lora_rank: int | None = None

@@ -18,7 +18,6 @@ PLANNED_FAMILIES = frozenset(
     [
         "mixtral",
         "qwen2_moe",
-        "qwen3_next",
         "deepseek_v2",
         "glm4_moe",
         "llama4",
@@ -87,6 +86,8 @@ _SIZES = (
 _MORE_SIZES = (
     "num_key_value_heads", "head_dim", "sliding_window", "max_window_layers", "original_max_position_embeddings",
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "full_attention_interval", "shared_expert_intermediate_size",
     "n_routed_experts", "n_shared_experts", "n_group", "topk_group", "moe_layer_freq", "num_nextn_predict_layers",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "first_k_dense_replace",
 )  # fmt: skip

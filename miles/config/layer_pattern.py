@@ -32,6 +32,12 @@ def expanded(text: str, num_layers: int) -> list[int]:
     return found if isinstance(found, list) else [int(i % max(found, 1) == 0) for i in range(num_layers)]
 
 
+def linear_layers(text: str, num_layers: int) -> list[int]:
+    """[num_layers] the same of linear attention: every N-th layer, the N-th among them, does not have it."""
+    found = listed(text)
+    return found if isinstance(found, list) else [int((i + 1) % max(found, 1) != 0) for i in range(num_layers)]
+
+
 def _value(node: ast.expr) -> list[int] | int:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value

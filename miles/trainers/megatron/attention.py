@@ -225,7 +225,8 @@ class PackedSelfAttention(SelfAttention):
         """hidden_states [T, 1, H] -> ([T, 1, H], bias). The signature is megatron's; only packed input is served."""
         if not isinstance(packed_seq_params, PackedSequences):
             raise TypeError(f"packed_seq_params, got {type(packed_seq_params).__name__}: pass PackedSequences")
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        gated = self.config.attention_output_gate
+        query, key, value, *gate = self.get_query_key_value_tensors(hidden_states, output_gate=gated)
         if rotary_pos_emb is not None:
             pairs, scale = self.config.rotary_interleaved, self.config.rotary_scale
             cos, sin = packed_seq_params.phases(rotary_pos_emb, query.dtype, scale, interleaved=pairs)
@@ -239,6 +240,8 @@ class PackedSelfAttention(SelfAttention):
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
         )
+        if gate:
+            context = self._apply_output_gate(context, gate[0])
         output, bias = self.linear_proj(context.reshape(context.shape[0], 1, -1))
         return output, bias
 

@@ -8,6 +8,7 @@ exact: they copy, concatenate and cut, and never compute. A new family is a new 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Shape:
     head_dim: int
     vocab_size: int
     padded_vocab_size: int
+    delta_rows: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Of linear attention: key heads, and rows of all keys, of all values, and of one number for each value head."""
 
 
 class Layout(Protocol):
@@ -94,6 +97,59 @@ class FusedQkv:
         rows = [shape.heads_per_group * shape.head_dim, shape.head_dim, shape.head_dim]
         grouped = full.reshape(shape.num_query_groups, sum(rows), *rest)
         return [part.reshape(-1, *rest) for part in grouped.split(rows, dim=1)]
+
+
+class FusedGatedQkv:
+    """The same where HF has behind each query head the gate of what it gives; megatron has a group's gates behind its queries."""
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        rest = parts[0].shape[1:]
+        both = parts[0].reshape(shape.num_query_groups, shape.heads_per_group, 2, shape.head_dim, *rest)
+        return FusedQkv().merge([both.transpose(1, 2).reshape(parts[0].shape), *parts[1:]], shape, rank, size)
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        doubled = dataclasses.replace(shape, heads_per_group=2 * shape.heads_per_group)
+        both, *others = FusedQkv().split(shards, doubled)
+        grouped = both.reshape(shape.num_query_groups, 2, shape.heads_per_group, shape.head_dim, *both.shape[1:])
+        return [grouped.transpose(1, 2).reshape(both.shape), *others]
+
+
+@dataclass(frozen=True)
+class DeltaRows:
+    """Weights of a gated delta net: rows of queries, keys, values and so on, of all of which each rank has its piece.
+
+    `of` says for each HF weight which rows lie in it one after the other: key, value (rows of heads) or head (one number each).
+    by_head: they lie so for each key head by itself.
+    """
+
+    of: tuple[tuple[str, ...], ...]
+    by_head: bool = False
+
+    def merge(self, parts: Sequence[Tensor], shape: Shape, rank: int, size: int) -> Tensor:
+        pieces = []
+        for part, kinds in zip(parts, self.of, strict=True):
+            grouped = part.reshape(self._groups(shape), -1, *part.shape[1:])
+            for rows in grouped.split(self._rows(kinds, shape), dim=1):
+                pieces.append(rows.flatten(0, 1).chunk(size)[rank])
+        return torch.cat(pieces)
+
+    def split(self, shards: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+        groups = self._groups(shape)
+        rows = [count * groups // len(shards) for kinds in self.of for count in self._rows(kinds, shape)]
+        pieces = [_join(piece, 0) for piece in zip(*(shard.split(rows) for shard in shards), strict=True)]
+        parts = []
+        for kinds in self.of:
+            mine, pieces = pieces[: len(kinds)], pieces[len(kinds) :]
+            grouped = torch.cat([piece.reshape(groups, -1, *piece.shape[1:]) for piece in mine], dim=1)
+            parts.append(grouped.flatten(0, 1))
+        return parts
+
+    def _groups(self, shape: Shape) -> int:
+        return shape.delta_rows[0] if self.by_head else 1
+
+    def _rows(self, kinds: Sequence[str], shape: Shape) -> list[int]:
+        counts = dict(zip(("key", "value", "head"), shape.delta_rows[1:], strict=True))
+        return [counts[kind] // self._groups(shape) for kind in kinds]
 
 
 class GateUp:
@@ -265,6 +321,40 @@ model_kinds.register("deepseek_v3", "kimi_k2")(
         _in_layer("self_attention.linear_kv_down_proj.weight", ["self_attn.kv_a_proj_with_mqa.weight"], Cut(0)),
         _in_layer("self_attention.kv_layernorm.weight", ["self_attn.kv_a_layernorm.weight"], Whole()),
         _in_layer("self_attention.linear_kv_up_proj.weight", ["self_attn.kv_b_proj.weight"], Cut(0)),
+    )
+)
+
+_DELTA = "self_attention."
+_GATED = _with(
+    _DENSE,
+    *_EXPERTS,
+    *_shared_expert("mlp.shared_expert"),
+    _in_layer("mlp.shared_experts.gate_weight", ["mlp.shared_expert_gate.weight"], Whole()),
+    _in_layer("self_attention.linear_qkv.weight", [f"{name}.weight" for name in _QKV], FusedGatedQkv()),
+    _in_layer(_DELTA + "conv_weight", ["linear_attn.conv1d.weight"], DeltaRows((("key", "key", "value"),))),
+    _in_layer(_DELTA + "A_log", ["linear_attn.A_log"], Cut(0)),
+    _in_layer(_DELTA + "dt_bias", ["linear_attn.dt_bias"], Cut(0)),
+    _in_layer(_DELTA + "norm_weight", ["linear_attn.norm.weight"], Whole()),
+    _in_layer(_DELTA + "out_proj.weight", ["linear_attn.out_proj.weight"], Cut(1)),
+)
+model_kinds.register("qwen3_next")(
+    _with(
+        _GATED,
+        _in_layer(
+            _DELTA + "in_proj.weight",
+            ["linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight"],
+            DeltaRows((("key", "key", "value", "value"), ("head", "head")), by_head=True),
+        ),
+    )
+)
+model_kinds.register("qwen3_5_text", "qwen3_5_moe_text")(
+    _with(
+        _GATED,
+        _in_layer(
+            _DELTA + "in_proj.weight",
+            [f"linear_attn.in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")],
+            DeltaRows((("key", "key", "value"), ("value",), ("head",), ("head",))),
+        ),
     )
 )
 

@@ -45,6 +45,18 @@ class RMSNorm(torch.nn.RMSNorm):
         return normed
 
 
+class ZeroCentredRMSNorm(RMSNorm):
+    """`x / rms(x) * (1 + weight)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> the same."""
+        weight = 1.0 + self.weight.float()
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+        normed: Tensor = _RmsNorm.apply(x, weight, self.eps)
+        return normed
+
+
 class LayerNorm(torch.nn.LayerNorm):
     """torch's, marked as `RMSNorm` above."""
 
@@ -113,6 +125,8 @@ class PackedLayer(TransformerLayer):
             and config.activation_func_clamp_value is None
             and not config.glu_linear_offset
             and not config.rotary_interleaved
+            and not config.layernorm_zero_centered_gamma
+            and not config.attention_output_gate
             and config.rotary_scale == 1.0
         )
         self._heads = attention.num_attention_heads_per_partition, attention.num_query_groups_per_partition

@@ -34,12 +34,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from miles.config.groups import Config, ModelArgs
-from miles.config.layer_pattern import expanded, listed
+from miles.config.layer_pattern import expanded, linear_layers, listed
 from miles.errors import ConfigError, HookError
 
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
 from .latent import latent_attention_spec
-from .layers import GatedMLP, LayerNorm, PackedLayer, PostNormLayer, RMSNorm
+from .layers import GatedMLP, LayerNorm, PackedLayer, PostNormLayer, RMSNorm, ZeroCentredRMSNorm
 from .moe import Router, moe_fields, moe_spec
 from .parallel import Parallel, ParallelSizes
 from .rope import inverse_frequencies, yarn_mscale
@@ -69,6 +69,9 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         kv_channels=_set(model.kv_channels),
         normalization=model.normalization or "RMSNorm",
         layernorm_epsilon=model.norm_epsilon if model.norm_epsilon is not None else 1e-6,
+        layernorm_zero_centered_gamma=bool(model.apply_layernorm_1p),
+        attention_output_gate=bool(model.attention_output_gate),
+        **_linear_attention_fields(model),
         qk_layernorm=bool(model.qk_layernorm),
         gated_linear_unit=bool(model.swiglu or model.quick_geglu),
         activation_func=F.silu if model.swiglu else quick_gelu if model.quick_geglu else F.gelu,
@@ -117,6 +120,18 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
     return transformer
 
 
+def _linear_attention_fields(model: ModelArgs) -> dict[str, Any]:
+    """Megatron's configuration of layers with linear attention; empty where the model has none."""
+    if model.linear_attention_freq is None:
+        return {}
+    names = (
+        *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
+        *("linear_num_key_heads", "linear_num_value_heads"),
+    )
+    layers = linear_layers(model.linear_attention_freq, _set(model.num_layers))
+    return {name: getattr(model, name) for name in names} | {"linear_attention_freq": layers}
+
+
 def _latent_fields(model: ModelArgs) -> dict[str, Any]:
     """Megatron's configuration of latent attention; empty where the model has none."""
     if not model.multi_latent_attention:
@@ -154,6 +169,8 @@ def _has_parts_of_ours(config: Config) -> bool:
         or model.softmax_type == "learnable"
         or bool(model.quick_geglu)
         or bool(model.multi_latent_attention)
+        or bool(model.attention_output_gate)
+        or bool(model.apply_layernorm_1p)
     )
 
 
@@ -192,7 +209,7 @@ def layer_spec(config: Config, transformer: TransformerConfig, device: torch.dev
     first = get_transformer_layer_offset(transformer)
     mine = range(first, first + get_num_layers_to_build(transformer))
     layers = [kinds[experts] for experts in _layers_of_experts(config)[mine.start : mine.stop]]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm_class(transformer))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(transformer))
 
 
 def _layers_of_experts(config: Config) -> list[int]:
@@ -204,7 +221,7 @@ def _layers_of_experts(config: Config) -> list[int]:
 
 def local_layer_spec(transformer: TransformerConfig, *, backend: str = "auto", experts: bool = False) -> ModuleSpec:
     """A layer of megatron's own parts, with norms and packed attention that run on any device."""
-    norm = _norm_class(transformer)
+    norm = norm_class(transformer)
     qk_norm = norm if transformer.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=PackedSelfAttention,
@@ -321,8 +338,11 @@ def padded_vocab_size(config: Config, sizes: ParallelSizes) -> int:
     return -(-_set(config.model.vocab_size) // multiple) * multiple
 
 
-def _norm_class(transformer: TransformerConfig) -> type[torch.nn.Module]:
-    return RMSNorm if transformer.normalization == "RMSNorm" else LayerNorm
+def norm_class(transformer: TransformerConfig) -> type[torch.nn.Module]:
+    """Of the norms of layers, of heads, and after the last layer."""
+    if transformer.normalization != "RMSNorm":
+        return LayerNorm
+    return ZeroCentredRMSNorm if transformer.layernorm_zero_centered_gamma else RMSNorm
 
 
 def _custom_spec(config: Config, transformer: TransformerConfig) -> Any:

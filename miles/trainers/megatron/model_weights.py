@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from miles.config.groups import Config
+from miles.config.groups import Config, ModelArgs
 from miles.errors import CheckpointError
 from miles.trainers import checkpoints
 
@@ -163,6 +163,11 @@ def _prediction_layers(path: str | Path, num_layers: int) -> tuple[str, ...]:
     return tuple(f"model.layers.{num_layers + i}." for i in range(more))
 
 
+def _delta_rows(model: ModelArgs) -> tuple[int, int, int, int]:
+    keys, values = model.linear_num_key_heads or 0, model.linear_num_value_heads or 0
+    return keys, keys * (model.linear_key_head_dim or 0), values * (model.linear_value_head_dim or 0), values
+
+
 def name_map(config: Config, parallel: Parallel) -> NameMap:
     """The HF names of the configuration's model. Raises CheckpointError where the kind of model is not known."""
     model, ckpt = config.model, config.ckpt
@@ -180,5 +185,6 @@ def name_map(config: Config, parallel: Parallel) -> NameMap:
         head_dim=model.kv_channels or 0,
         vocab_size=model.vocab_size or 0,
         padded_vocab_size=padded_vocab_size(config, parallel.sizes),
+        delta_rows=_delta_rows(model),
     )
     return NameMap(model_type, shape)

@@ -18,7 +18,7 @@ def _weights(trainer: MegatronTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.named_weights()}
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "glm4", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("case", ["qwen3_moe", "glm4", "gpt_oss", "deepseek_v3", "qwen3_next"])
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(tmp_path: Path, case: str) -> None:
     hf = tmp_path / "model"
     save_model(case, hf)

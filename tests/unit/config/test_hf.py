@@ -13,6 +13,7 @@ from miles.config import Resolution, make_config
 from miles.config.derive import FREE_MODEL_FLAGS
 from miles.config.fields import fields
 from miles.config.hf import FAMILIES, PLANNED_FAMILIES, model_values
+from miles.config.layer_pattern import repeated
 from miles.errors import ConfigError
 
 from .refusal import refused
@@ -160,6 +161,28 @@ _COMPLETE = {
 }
 
 
+_COMPLETE["qwen3_next"] = (
+    BASE | {"model_type": "qwen3_next", "num_hidden_layers": 8, "shared_expert_intermediate_size": 24} | _MOE
+)
+
+
+def test_linear_attention() -> None:
+    values = model_values(_COMPLETE["qwen3_next"], where="d")
+    assert values["linear_attention_freq"] == "[1]*3+[0]*1+[1]*3+[0]*1"
+    assert (values["kv_channels"], values["rotary_percent"]) == (256, 0.25)
+    assert values["moe_shared_expert_gate"]
+    assert values["spec"] == ("miles_plugins.models.qwen3_5", "get_qwen3_5_spec")
+    dense = model_values(BASE | {"model_type": "qwen3_5_text", "layer_types": ["linear_attention"] * 3}, where="d")
+    assert dense["linear_attention_freq"] == "[1]*3"
+    assert "num_experts" not in dense
+    with pytest.raises(
+        ConfigError, match="layer_types linear_attention, sliding_attention: 3 layers of full and linear"
+    ):
+        model_values(
+            BASE | {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "sliding_attention"]}, where="d"
+        )
+
+
 @pytest.mark.parametrize("kind", ["deepseek_v3", "kimi_k2"])
 def test_latent_attention(kind: str) -> None:
     config = _COMPLETE["deepseek_v3"] | {"model_type": kind}
@@ -217,7 +240,8 @@ def test_every_flag_of_a_shape_is_compared_with_the_checkpoint(kind: str, tmp_pa
         elif field.choices:
             other = next(choice for choice in field.choices if choice != shape.get(name))
         else:
-            other = {int: 77, float: 0.77, str: "[1]*1+[0]*2"}[field.type]
+            pattern = repeated([1, 0, *[0] * (shape["num_layers"] - 2)])
+            other = {int: 77, float: 0.77, str: pattern}[field.type]
         with pytest.raises(ConfigError, match=rf"{field.flag}, got .*config\.json (says|describes)"):
             make_config(hf_checkpoint=str(tmp_path), **{name: other})
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.config.layer_pattern import expanded, listed, repeated
+from miles.config.layer_pattern import expanded, linear_layers, listed, repeated
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=80))
@@ -25,6 +25,8 @@ def test_what_launch_scripts_write(text: str, value: object) -> None:
 def test_a_number_counts_layers_from_the_first() -> None:
     assert expanded("2", 5) == [1, 0, 1, 0, 1]
     assert expanded("[0]*1+[1]*2", 3) == [0, 1, 1]
+    assert linear_layers("4", 5) == [1, 1, 1, 0, 1]
+    assert linear_layers("[0]*1+[1]*2", 3) == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,11 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
+from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 VOCAB = 131
 _SIZES: dict[str, Any] = {
@@ -96,6 +100,20 @@ def _deepseek(**options: Any) -> PreTrainedModel:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**_SIZES | heads | experts | groups | norms | options))
 
 
+_DELTA = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+_SHARED = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 32,
+}
 _DEEPSEEK_YARN = _YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}
 #: Case -> its model. The first word is the family.
 CASES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -120,6 +138,9 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt_oss": lambda: _gpt_oss(),
     "deepseek_v3": lambda: _deepseek(rope_parameters=_DEEPSEEK_YARN),
     "deepseek_v3 whole queries": lambda: _deepseek(q_lora_rank=None, rope_interleave=False, n_shared_experts=1),
+    "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_SIZES | _DELTA | _SHARED)),
+    "qwen3_5_text": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_SIZES | _DELTA)),
+    "qwen3_5_moe_text": lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_SIZES | _DELTA | _SHARED)),
     "kimi_k2": lambda: _deepseek(rope_parameters=_DEEPSEEK_YARN | {"mscale": 1.0}, n_group=1, topk_group=1),
 }
 
@@ -131,7 +152,10 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
+                # Where norms count from zero this is off 1 as well.
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith(("A_log", "dt_bias")):
+                parameter.uniform_(-2, 1)
             elif name.endswith("bias"):
                 parameter.uniform_(-0.5, 0.5)
             elif name.endswith("sinks"):
