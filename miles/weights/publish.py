@@ -1,11 +1,11 @@
 """New weights to every engine, all or nothing.
 
-    pause all --> bucket, bucket, ... --> checksums --> version, continue all
-             '--- |  gather (a thread: collectives of all ranks)
-                  |  wire   (into shared memory, or whatever the transport uses)
-                  |  load   (the engines)          the next bucket is gathered meanwhile
+    bucket, bucket, ... --> checksums --> version, continue all
+    |  gather (a thread: collectives of all ranks)
+    |  wire   (into shared memory, or whatever the transport uses)      pause all
+    |  load   (the engines)          the next bucket is gathered meanwhile  <-'
 
-Gathering and writing begin before the engines stand still, loading does not.
+Engines are paused once the first bucket is there. It is written meanwhile, and loaded when they stand still.
 
 Consumes `Trainer.named_weights()` on the main rank while the other ranks iterate theirs. After any failure the engines
 stay paused: no request is ever answered with half-updated weights. The remaining weights are still consumed then, so
@@ -20,7 +20,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -109,10 +109,12 @@ async def _update(
 ) -> PublishStats:
     """Returns once all engines serve the version; `total_s` is left to the caller."""
     transport.begin()
-    pausing = asyncio.create_task(_pause_all(engines))
+    begun = asyncio.Event()
+    pausing = asyncio.create_task(_pause_all(engines, begun))
     try:
-        receipts = await _send_all(gatherer, engines, transport, pausing)
+        receipts = await _send_all(gatherer, engines, transport, begun, pausing)
     finally:
+        begun.set()
         # Where it failed, it is the reason.
         pause_s = await pausing
     checksums = _merge(receipts)
@@ -142,15 +144,20 @@ async def _update(
     )
 
 
-async def _pause_all(engines: Sequence[Engine]) -> float:
-    """Returns the seconds until the last one stood still."""
+async def _pause_all(engines: Sequence[Engine], begun: asyncio.Event) -> float:
+    """Returns the seconds until the last one stood still, from `begun` on: then there is something to load soon."""
+    await begun.wait()
     started = time.perf_counter()
     await _on_all(engines, lambda engine: engine.pause())
     return time.perf_counter() - started
 
 
 async def _send_all(
-    gatherer: _Gatherer, engines: Sequence[Engine], transport: WeightTransport, pausing: asyncio.Task[float]
+    gatherer: _Gatherer,
+    engines: Sequence[Engine],
+    transport: WeightTransport,
+    begun: asyncio.Event,
+    pausing: asyncio.Task[float],
 ) -> list[BucketReceipt]:
     """All buckets, at most `transport.depth` of them alive at a time: being gathered, written or loaded."""
     receipts: list[BucketReceipt] = []
@@ -172,6 +179,8 @@ async def _send_all(
             number = len(receipts) + len(sending)
             sending.append(asyncio.create_task(_send(number, bucket, engines, transport, pausing)))
             del bucket
+            # Wakes up who waits for it after the task above: writing needs the interpreter lock, and takes longer than pausing.
+            begun.set()
         while sending:
             await finish_first()
     finally:
@@ -226,17 +235,21 @@ class _Gatherer:
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, "gather-weights", _use_device, (device,))
         self.seconds = 0.0
+        # Asked for at once: the first bucket's way to the engines is the one that nothing else hides.
+        self._first: Future[list[NamedTensor]] | None = self._thread.submit(self._next)
 
     def __enter__(self) -> _Gatherer:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._thread.shutdown()
+        # Idle where all went well; joining it would take as long as to begin.
+        self._thread.shutdown(wait=exc_info[0] is not None)
 
     async def next_bucket(self, number: int) -> list[NamedTensor]:
         """The next bucket, its tensors ready to be read; empty at the end."""
+        gathering, self._first = self._first or self._thread.submit(self._next), None
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._next)
+            return await asyncio.wrap_future(gathering)
         except Exception as error:
             raise WeightUpdateError(
                 f"bucket {number}, got {type(error).__name__} while it was gathered: {error}"

@@ -24,46 +24,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import mmap
 import os
 import re
-import secrets
 import shutil
 import time
 from collections import deque
 from collections.abc import Awaitable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import torch
-import xxhash
 
 from miles.errors import EngineError, WeightUpdateError
 from miles.interfaces import BucketReceipt, Engine
 
-from .buckets import ALIGNMENT_BYTES, BucketLayout, NamedTensor, TensorSlot, layout
+from .buckets import BucketLayout, NamedTensor, layout
 from .checksum import verify_loaded
+from .memory import HEADER_BYTES
+from .segment import Filled, Segment
 
 logger = logging.getLogger(__name__)
 
 LOAD_FORMAT = "miles_shm"
 
-#: Hashed, copied and made known at a time: it stays in a core's second-level cache between the two.
-CHUNK_BYTES = 1024 * 1024
-
-#: A segment begins with two little-endian int64: how many of its bytes are ready, and the number of the filling. The tensors
-#: follow.
-HEADER_BYTES = ALIGNMENT_BYTES
-
 #: Of host and control group, the part of memory that segments which engines keep leave free.
 _RESERVED_PART = 10
-
-#: In place of the number of bytes: the sender could not fill the segment and will not.
-GIVEN_UP = -1
 
 
 class SharedMemoryTransport:
@@ -118,17 +104,21 @@ class SharedMemoryTransport:
         self, tensors: Sequence[NamedTensor], engines: Sequence[Engine], ready: Awaitable[object] | None = None
     ) -> BucketReceipt:
         """See `WeightTransport.send`."""
-        segment, offer = self._take(tensors)
         previous, loaded = self._last_load, asyncio.Event()
         self._last_load = loaded
-        loop = asyncio.get_running_loop()
+        preparing = self._thread.submit(self._prepare, tensors)
+        filling = asyncio.wrap_future(self._thread.submit(_fill, preparing, tensors))
+        # Dropped here: what the caller gathered can be freed once our copy of it is complete.
+        del tensors
+        try:
+            segment, bucket, offer = await asyncio.wrap_future(preparing)
+        except BaseException:
+            loaded.set()
+            await asyncio.gather(filling, return_exceptions=True)
+            raise
         # Until an engine says otherwise, all that are asked keep the segment, also those that answer nothing.
         kept = False
         try:
-            bucket = await loop.run_in_executor(self._thread, segment.reserve, tensors)
-            filling = loop.run_in_executor(self._thread, segment.fill, tensors, bucket)
-            # Dropped here: what the caller gathered can be freed once our copy of it is complete.
-            del tensors
             try:
                 if ready is not None:
                     await ready
@@ -157,22 +147,34 @@ class SharedMemoryTransport:
             verify_loaded(engine.name, filled.checksums, reply.get("checksums") or {})
         return BucketReceipt(filled.checksums, bucket.payload_nbytes, filled.seconds, ended - filled.ended)
 
-    def _take(self, tensors: Sequence[NamedTensor]) -> tuple[Segment, bool]:
-        """A segment to fill, and whether to offer it to the engines."""
-        if self._free:
-            return self._free.popleft(), True
+    def _prepare(self, tensors: Sequence[NamedTensor]) -> tuple[Segment, BucketLayout, bool]:
+        """A segment with room for the tensors, where they will lie, and whether to offer it to the engines."""
+        if self._free or self._may_share(tensors):
+            segment = self._free.popleft() if self._free else Segment(anonymous=self._anonymous)
+            try:
+                return segment, segment.reserve(tensors), True
+            except WeightUpdateError as error:
+                self._tell(str(error))
+        segment = self._transit.popleft() if self._transit else Segment(anonymous=self._anonymous)
+        return segment, segment.reserve(tensors), False
+
+    def _may_share(self, tensors: Sequence[NamedTensor]) -> bool:
+        """Whether there is memory for one more segment that engines keep."""
         needed, available = layout(tensors).nbytes, available_bytes(anonymous=self._anonymous)
-        if needed <= available // 2:
-            return Segment(anonymous=self._anonymous), True
+        if needed > available // 2:
+            self._tell(
+                f"a bucket of {needed // 10**6} MB would take more than half of the {available // 10**6} MB of memory that are free"
+            )
+        return needed <= available // 2
+
+    def _tell(self, why: str) -> None:
         if not self._told:
             self._told = True
             logger.warning(
-                "engines copy weights instead of sharing them: a bucket of %d MB would take more than half of the %d MB "
-                "of memory that are free; sharing is faster, and takes twice the weights in shared memory for all engines",
-                needed // 10**6,
-                available // 10**6,
+                "engines copy weights instead of sharing them: %s; sharing is faster, and takes twice the weights in shared "
+                "memory for all engines",
+                why,
             )
-        return self._transit.popleft() if self._transit else Segment(anonymous=self._anonymous), False
 
     def close(self) -> None:
         """Gives the memory back; the transport can be used again."""
@@ -216,6 +218,11 @@ def _successes(outcomes: Sequence[Any]) -> tuple[Filled, list[dict[str, Any]]]:
     return filled, replies
 
 
+def _fill(preparing: Future[tuple[Segment, BucketLayout, bool]], tensors: Sequence[NamedTensor]) -> Filled:
+    segment, bucket, _ = preparing.result()  # of an earlier task of the same thread
+    return segment.fill(tensors, bucket)
+
+
 def _payload(segment: Segment, bucket: BucketLayout, *, adopt: bool) -> dict[str, object]:
     return {
         "load_format": LOAD_FORMAT,
@@ -232,135 +239,3 @@ def _payload(segment: Segment, bucket: BucketLayout, *, adopt: bool) -> dict[str
             for slot in bucket.slots
         ],
     }
-
-
-@dataclass(frozen=True)
-class Filled:
-    """What `Segment.fill` did."""
-
-    checksums: dict[str, str]
-    """HF name -> checksum of the tensor as it was given to us."""
-    seconds: float
-    ended: float
-    """`time.perf_counter()` at the end."""
-
-
-class Segment:
-    """A stretch of memory that another process can open by `path`. Grows by being replaced; empty until first filled."""
-
-    def __init__(self, *, anonymous: bool) -> None:
-        self._anonymous = anonymous
-        self.users: set[str] = set()
-        """Identities of the engines that may compute with what lies in it."""
-        self._fd = -1
-        self._path = ""
-        self._map: mmap.mmap | None = None
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-        self._header = np.zeros(2, np.int64)
-        self._backed_bytes = 0
-
-    @property
-    def path(self) -> str:
-        return self._path
-
-    @property
-    def serial(self) -> int:
-        """Number of the filling; another one for each."""
-        return int(self._header[1])
-
-    def reserve(self, tensors: Sequence[NamedTensor]) -> BucketLayout:
-        """Makes room, marks all of it as not ready, and returns where the tensors will lie."""
-        bucket = layout(tensors)
-        self._reserve(HEADER_BYTES + bucket.nbytes)
-        self._announce(0)
-        self._header[1] += 1
-        return bucket
-
-    def fill(self, tensors: Sequence[NamedTensor], bucket: BucketLayout) -> Filled:
-        """Copies the tensors in, from whatever device, and says after each chunk how far it is."""
-        started = time.perf_counter()
-        try:
-            checksums = {
-                slot.name: self._fill_slot(slot, tensor.detach())
-                for slot, (_, tensor) in zip(bucket.slots, tensors, strict=True)
-            }
-        except BaseException:
-            self._announce(GIVEN_UP)
-            raise
-        ended = time.perf_counter()
-        return Filled(checksums, ended - started, ended)
-
-    def _fill_slot(self, slot: TensorSlot, tensor: torch.Tensor) -> str:
-        """Returns the checksum, of each chunk just before it is copied, which the hash has brought into the cache.
-
-        What is not contiguous in this host's memory is copied first and hashed in the segment.
-        """
-        target = self._raw(slot)
-        copy = target.numpy()
-        if tensor.device.type == "cpu" and tensor.is_contiguous():
-            source = tensor.view(-1).view(torch.uint8).numpy()
-        else:
-            if slot.nbytes:
-                target.view(slot.dtype).view(slot.shape).copy_(tensor)
-            source = copy
-        hasher = xxhash.xxh3_64()
-        for begin in range(0, slot.nbytes, CHUNK_BYTES):
-            end = min(begin + CHUNK_BYTES, slot.nbytes)
-            hasher.update(source[begin:end].data)
-            if copy is not source:
-                np.copyto(copy[begin:end], source[begin:end])
-            self._announce(HEADER_BYTES + slot.offset + end)
-        return hasher.hexdigest()
-
-    def _announce(self, ready_bytes: int) -> None:
-        # An aligned 8-byte store, after the copy on every processor that keeps stores in order; where one does not, the
-        # interpreter lock is given up and taken between the two. Checksums tell whatever arrives otherwise.
-        self._header[0] = ready_bytes
-
-    def _raw(self, slot: TensorSlot) -> torch.Tensor:
-        begin = HEADER_BYTES + slot.offset
-        return self._bytes[begin : begin + slot.nbytes]
-
-    def close(self) -> None:
-        """Gives the memory back. The segment can be filled again afterwards."""
-        # Both hold the mapping's buffer, and a mapping with a user cannot be unmapped.
-        self._bytes, self._header = torch.empty(0, dtype=torch.uint8), np.zeros(2, np.int64)
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            if not self._anonymous:
-                Path(self._path).unlink(missing_ok=True)
-        self._path, self._backed_bytes = "", 0
-
-    def _reserve(self, nbytes: int) -> None:
-        """Makes room. Addresses grow in powers of two and cost nothing; pages are backed as far as they are needed."""
-        nbytes = max(nbytes, mmap.PAGESIZE)
-        try:
-            if nbytes > len(self._bytes):
-                self.close()
-                self._open(1 << (nbytes - 1).bit_length())
-            if nbytes > self._backed_bytes:
-                # Asked for now, when running out is an error; on first touch it would be a SIGBUS, here or in an engine.
-                os.posix_fallocate(self._fd, 0, nbytes)
-                self._backed_bytes = nbytes
-        except OSError as error:
-            self.close()
-            raise WeightUpdateError(
-                f"shared memory for a weight bucket, got no {nbytes} bytes ({error.strerror}): the host's memory, or its "
-                f"limit, is too small; lower --update-weight-buffer-size or raise the limit"
-            ) from error
-
-    def _open(self, nbytes: int) -> None:
-        if self._anonymous:
-            self._fd = os.memfd_create("miles-weights")
-            self._path = f"/proc/{os.getpid()}/fd/{self._fd}"
-        else:
-            self._path = f"/dev/shm/miles-{os.getpid()}-{secrets.token_hex(8)}"
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.ftruncate(self._fd, nbytes)
-        self._map = mmap.mmap(self._fd, nbytes)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._header = np.frombuffer(self._map, np.dtype("<i8"), count=2)

@@ -27,7 +27,8 @@ from miles.errors import EngineError, WeightUpdateError
 from miles.interfaces import BucketReceipt, Engine
 
 from .buckets import BucketLayout, NamedTensor
-from .shm import HEADER_BYTES, Filled, Segment
+from .memory import HEADER_BYTES
+from .segment import Filled, Segment
 
 
 class TorchSharingTransport:

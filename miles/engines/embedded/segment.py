@@ -12,7 +12,7 @@ an int64 behind `progress`, changes before every filling, so that an engine can 
 
 from __future__ import annotations
 
-import mmap
+import math
 import os
 import re
 import stat
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from miles.errors import WeightUpdateError
+from miles.weights.memory import CHUNK_BYTES, MappedFile
 
 from .model_config import DTYPES
 
@@ -33,10 +34,7 @@ _SEGMENT = re.compile(r"/proc/\d+/fd/\d+|/dev/shm/miles-[A-Za-z0-9._-]+")
 _BACKING = re.compile(r"/memfd:.*|/dev/shm/miles-[A-Za-z0-9._-]+( \(deleted\))?")
 
 #: `progress` and the serial number.
-HEADER_BYTES = 16
-
-#: Large enough to copy at full speed; small enough that what was copied is hashed while the core's cache holds it.
-CHUNK_BYTES = 512 * 1024
+_HEADER_BYTES = 16
 
 #: A sender that writes nothing for so long is taken for dead. It copies gigabytes a second.
 STALL_LIMIT_S = 30.0
@@ -57,14 +55,7 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        return self.num_elements * self.dtype.itemsize
-
-    @property
-    def num_elements(self) -> int:
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def parse(cls, raw: Any) -> TensorSpec:
@@ -90,10 +81,12 @@ class TensorSpec:
 class Bucket:
     """A bucket in a mapped segment. It and its tensors hold the mapping: drop them when the bucket is not needed any more."""
 
-    def __init__(self, path: str, mapping: mmap.mmap, progress_bytes: int | None, serial: int | None) -> None:
-        self._path, self._mapping, self._serial = path, mapping, serial
-        self._bytes = np.frombuffer(mapping, np.uint8) if len(mapping) else np.empty(0, np.uint8)
-        self._header = None if progress_bytes is None else np.frombuffer(mapping, "<i8", 2, progress_bytes)
+    def __init__(self, path: str, memory: torch.Tensor, progress_bytes: int | None, serial: int | None) -> None:
+        """`memory`: all bytes of the segment."""
+        self._path, self._memory, self._serial = path, memory, serial
+        self._bytes = memory.numpy()
+        header = None if progress_bytes is None else self._bytes[progress_bytes : progress_bytes + _HEADER_BYTES]
+        self._header = None if header is None else header.view("<i8")
 
     def check_kept(self) -> None:
         """Raises `WeightUpdateError` where the sender has begun to fill the segment again since it offered it."""
@@ -103,12 +96,14 @@ class Bucket:
                 "memory that it had given away; publish the whole weights again"
             )
 
-    def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """The tensor in place. Its memory cannot be written: an attempt ends the process."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            raw = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        return raw[spec.offset_bytes : spec.offset_bytes + spec.size_bytes].view(spec.dtype).view(spec.shape)
+    def tensor(self, spec: TensorSpec, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """The tensor in place; with a `shape`, together with those that adjoin it.
+
+        Its memory cannot be written: an attempt ends the process.
+        """
+        shape = spec.shape if shape is None else shape
+        size_bytes = math.prod(shape) * spec.dtype.itemsize
+        return self._memory[spec.offset_bytes : spec.offset_bytes + size_bytes].view(spec.dtype).view(shape)
 
     def adjoins(self, spec: TensorSpec, following: Bucket, next_spec: TensorSpec) -> bool:
         """Whether the second tensor begins where the first one ends."""
@@ -146,7 +141,7 @@ class Segments:
     """The mappings of senders' segments. One thread uses them at a time."""
 
     def __init__(self) -> None:
-        self._mappings: dict[str, tuple[_Identity, mmap.mmap]] = {}
+        self._mappings: dict[str, tuple[_Identity, torch.Tensor]] = {}
 
     def open(
         self, path: str, specs: Sequence[TensorSpec], progress_bytes: int | None = None, serial: int | None = None
@@ -157,7 +152,7 @@ class Segments:
         mapping = self._map(path)
         ends = [(f"offset of {spec.name}", spec.offset_bytes, spec.size_bytes) for spec in specs]
         if progress_bytes is not None:
-            ends.append(("progress", progress_bytes, HEADER_BYTES))
+            ends.append(("progress", progress_bytes, _HEADER_BYTES))
         for what, offset, size in ends:
             if offset + size > len(mapping):
                 raise WeightUpdateError(
@@ -166,7 +161,7 @@ class Segments:
                 )
         return Bucket(path, mapping, progress_bytes, serial)
 
-    def _map(self, path: str) -> mmap.mmap:
+    def _map(self, path: str) -> torch.Tensor:
         if not _SEGMENT.fullmatch(path):
             raise WeightUpdateError(
                 f"segment, got {path!r}: only the sender's shared memory is read; "
@@ -188,9 +183,12 @@ class Segments:
                 raise WeightUpdateError(f"segment, got {path!r}: it is {backing}, not shared memory; send a memfd")
             if info.st_size == 0:
                 raise WeightUpdateError(f"segment, got {path!r}: it is empty; fill it before it is announced")
-            mapping = mmap.mmap(fd, info.st_size, access=mmap.ACCESS_READ)
+            memory = MappedFile(fd, info.st_size, writable=False).memory
         finally:
             os.close(fd)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            mapping = torch.frombuffer(memory, dtype=torch.uint8)
         self._mappings[path] = _identity(info), mapping
         return mapping
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,15 @@ class _Slot:
     def read(self) -> torch.Tensor:
         """The live tensor in its HF shape."""
         return self.target[0] if self.repeated else self.target
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """Tensors in segments that are to be the live ones."""
+
+    shared: list[tuple[_Fused, torch.Tensor]] = field(default_factory=list)
+    """Memory that lies as the model needs it."""
+    copied: list[tuple[_Fused, list[tuple[_Slot, torch.Tensor]]]] = field(default_factory=list)
 
 
 class Parameters:
@@ -182,19 +191,28 @@ class Parameters:
         """Whether the model can compute with tensors in the host's shared memory."""
         return self.device.type == "cpu"
 
-    def adopt(self, offered: Mapping[str, tuple[Bucket, TensorSpec]]) -> None:
-        """Makes tensors in segments the live ones, all of them; copies those that do not lie as the model needs them."""
+    def plan_adoption(self, offered: Mapping[str, tuple[Bucket, TensorSpec]]) -> Adoption:
+        """How tensors in segments become the live ones, all of them. Reads none of them."""
+        plan = Adoption()
         for fused in {self._slots[name].fused: None for name in offered}:
             places = [offered[name] for name in fused.names if name in offered]
             whole = len(places) == len(fused.names) and not self._slots[fused.names[0]].repeated
             if whole and all(a[0].adjoins(a[1], *b) for a, b in itertools.pairwise(places)):
                 [bucket, spec], *_ = places
-                fused.live.data = bucket.tensor(replace(spec, shape=tuple(fused.live.shape)))
-                self._borrowed.add(fused)
-                continue
+                plan.shared.append((fused, bucket.tensor(spec, fused.live.shape)))
+            else:
+                plan.copied.append((fused, [(self._slots[spec.name], bucket.tensor(spec)) for bucket, spec in places]))
+        return plan
+
+    def adopt(self, plan: Adoption) -> None:
+        """Makes tensors in segments the live ones; copies those that do not lie as the model needs them."""
+        for fused, memory in plan.shared:
+            fused.live.data = memory
+        self._borrowed.update(fused for fused, _ in plan.shared)
+        for fused, parts in plan.copied:
             self._own(fused)
-            for bucket, spec in places:
-                self._slots[spec.name].target.copy_(bucket.tensor(spec))
+            for slot, memory in parts:
+                slot.target.copy_(memory)
 
     def _own(self, fused: _Fused) -> None:
         """Gives a tensor memory that may be written, with what it holds now."""
@@ -279,18 +297,24 @@ class WeightState:
         for spec in specs:
             self._check(spec)
         bucket = self._segments.open(segment, specs, progress_bytes, serial)
-        if serial is not None and self.can_adopt:
+        adopted = serial is not None and self.can_adopt
+        for spec in specs:
+            self._offered.pop(spec.name, None)
+            if adopted:
+                self._offered[spec.name] = bucket, spec
+            else:
+                self._adopted.pop(spec.name, None)
+        whole = not self._missing(written | {spec.name for spec in specs})
+        # Before the sender is done, not after.
+        plan = self._parameters.plan_adoption(self._offered) if whole else None
+        if adopted:
             checksums = {spec.name: _hash(bucket.chunks(spec)) for spec in specs}
             bucket.check_kept()
-            self._offered.update((spec.name, (bucket, spec)) for spec in specs)
         else:
-            for spec in specs:
-                self._offered.pop(spec.name, None)
-                self._adopted.pop(spec.name, None)
             checksums = {spec.name: self._parameters.write(spec.name, bucket.chunks(spec)) for spec in specs}
         self._written = written | set(checksums)
-        if not self._missing():
-            self._adopt()
+        if plan is not None:
+            self._adopt(plan)
         return checksums
 
     @property
@@ -307,7 +331,7 @@ class WeightState:
         """Raises `WeightUpdateError` where an update, `names` included, would leave a parameter unwritten."""
         if self._written is None and not names:
             return
-        if missing := self._missing() - set(names):
+        if missing := self._missing((self._written or set()) | set(names)):
             raise WeightUpdateError(
                 f"weight update, got {len(self._parameters.names) - len(missing)} of {len(self._parameters.names)} "
                 f"parameters: {_some(missing)} not sent; send all buckets before the version"
@@ -318,15 +342,15 @@ class WeightState:
         self.check_completes()
         self._written, self._version = None, version
 
-    def _missing(self) -> set[str]:
-        return set(self._parameters.names) - (self._written or set())
+    def _missing(self, written: set[str]) -> set[str]:
+        return set(self._parameters.names) - written
 
-    def _adopt(self) -> None:
+    def _adopt(self, plan: Adoption) -> None:
         """Makes what was offered live."""
         buckets = {name: bucket for name, (bucket, _) in self._offered.items()}
         for bucket in set(buckets.values()):
             bucket.check_kept()
-        self._parameters.adopt(self._offered)
+        self._parameters.adopt(plan)
         self._adopted.update(buckets)
         self._offered = {}
 

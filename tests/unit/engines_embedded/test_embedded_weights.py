@@ -15,9 +15,10 @@ import xxhash
 
 from miles.engines.embedded import segment as segment_module
 from miles.engines.embedded.model_config import ModelConfig
-from miles.engines.embedded.segment import CHUNK_BYTES, Segments, TensorSpec
+from miles.engines.embedded.segment import Segments, TensorSpec
 from miles.engines.embedded.weights import Parameters, WeightState
 from miles.errors import CheckpointError, WeightUpdateError
+from miles.weights.memory import CHUNK_BYTES
 
 from .checkpoints import FAMILIES, make_model, save_checkpoint
 

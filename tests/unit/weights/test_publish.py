@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from miles.errors import WeightUpdateError
 from miles.weights import SharedMemoryTransport, publish
+from miles.weights.segment import Segment
 
 from .receiver import Receiver
 
@@ -201,6 +202,38 @@ async def test_without_memory_for_a_second_set_of_weights_engines_copy(transport
     assert engine.adopted() == {}
     assert len(set(engine.segments)) == 2
     assert caplog.text.count("engines copy weights instead of sharing them") == 1
+
+
+async def test_a_segment_to_share_that_cannot_be_had_is_replaced_by_one_to_copy_from(transport, monkeypatch, caplog):
+    """Memory was free when it was looked at, and is not when it is asked for."""
+    reserve, refused = Segment.reserve, []
+
+    def reserve_from_the_second_on(self, tensors):
+        if not refused:
+            refused.append(self)
+            raise WeightUpdateError("shared memory for a weight bucket, got no 256 bytes")
+        return reserve(self, tensors)
+
+    monkeypatch.setattr(Segment, "reserve", reserve_from_the_second_on)
+    engine = Receiver(adopts=True)
+    await publish(iter(Weights(4)), [engine], transport, "1", BUFFER_BYTES)
+    assert (engine.live_version, engine.adopted()) == ("1", {})
+    assert all(engine.held[f"t{i}"].eq(i).all() for i in range(4))
+    assert "engines copy weights instead of sharing them: shared memory for a weight bucket, got no 256" in caplog.text
+    await publish(iter(Weights(4)), [engine], transport, "2", BUFFER_BYTES)
+    assert set(engine.adopted()) == {"t0", "t1", "t2", "t3"}
+
+
+async def test_engines_go_on_until_the_first_bucket_is_there(transport):
+    engine, serving = Receiver(), []
+
+    def stream():
+        for entry in Weights():
+            serving.append(engine.serving)
+            yield entry
+
+    await publish(stream(), [engine], transport, "1", BUFFER_BYTES)
+    assert serving[:4] == [True] * 4
 
 
 EVENTS = st.lists(

@@ -12,7 +12,8 @@ import torch
 from miles.errors import WeightUpdateError
 from miles.weights import SharedMemoryTransport, tensor_checksum
 from miles.weights.buckets import BucketLayout
-from miles.weights.shm import CHUNK_BYTES, HEADER_BYTES, Segment
+from miles.weights.memory import CHUNK_BYTES, HEADER_BYTES
+from miles.weights.segment import Segment
 
 from .receiver import Receiver
 
