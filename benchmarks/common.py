@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Each names a library's own thread pool, read when the library loads.
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PACKAGES = ("torch", "transformers", "megatron-core", "ray", "trl", "numpy")
 
 
@@ -41,7 +41,7 @@ def pin(cores: Sequence[int] | None = None) -> list[int]:
     if "torch" in sys.modules:
         raise RuntimeError("pin was called after torch was imported: its thread pool has been made; call it first")
     os.sched_setaffinity(0, chosen)
-    for name in _THREAD_VARIABLES:
+    for name in THREAD_VARIABLES:
         os.environ[name] = str(len(chosen))
     return chosen
 

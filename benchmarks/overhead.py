@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from common import ROOT, median, pin, report
+from common import ROOT, THREAD_VARIABLES, median, pin, report
 
 #: Steps until caches are warm, compiled kernels and connections made.
 WARM_UP = 5
@@ -38,7 +38,8 @@ Span = tuple[float, float]
 def main() -> None:
     args = _parse()
     cores = pin(args.cores or sorted(os.sched_getaffinity(0))[-2:])
-    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in THREAD_VARIABLES:  # of each process; `pin` gave it one for each core
+        os.environ[name] = "1"
     rows, growth = [], []
     for samples in args.samples:
         with tempfile.TemporaryDirectory(prefix="miles-overhead-") as directory:
