@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from miles.trainers.megatron import MegatronTrainer
-from tests.unit.trainers.families import save_model
+from tests.unit.trainers.families import TRAINED, save_model
 
 from .trainer_tools import config_for, make_batch, trainer_for
 
@@ -18,7 +18,7 @@ def _weights(trainer: MegatronTrainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.named_weights()}
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "glm4", "gpt_oss", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("case", TRAINED)
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(tmp_path: Path, case: str) -> None:
     hf = tmp_path / "model"
     save_model(case, hf)

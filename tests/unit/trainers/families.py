@@ -1,9 +1,10 @@
-"""A tiny random HF model of each family, and what docs/models.md says that it is checked for."""
+"""A tiny random HF model of each family, and the table of docs/models.md: `python -m tests.unit.trainers.families` writes it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from transformers import (
 )
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+from miles.engines.requirements import EMBEDDED_KINDS
 
 VOCAB = 131
 _SIZES: dict[str, Any] = {
@@ -177,3 +180,107 @@ def save_model(case: str, directory: Path) -> PreTrainedModel:
         config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
         file.write_text(json.dumps(config))
     return model
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table."""
+
+    name: str
+    kinds: tuple[str, ...]
+    """`model_type` of config.json."""
+    cases: tuple[str, ...]
+    parts: str
+    """What it has beside the decoder that all share."""
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("Qwen2, Qwen2.5", ("qwen2",), ("qwen2", "qwen2 tied", "qwen2 window"), "biases of Q, K, V; sliding windows"),
+    Family("Qwen3", ("qwen3",), ("qwen3", "qwen3 tied", "qwen3 yarn"), "norms of heads; RoPE scaled by YaRN"),
+    Family(
+        "Llama 2, 3.1, 3.2",
+        ("llama",),
+        ("llama", "llama 3.1", "llama 3.2 tied", "llama linear"),
+        "RoPE scaled as in Llama 3.1, or linearly",
+    ),
+    Family("Mistral", ("mistral",), ("mistral", "mistral window"), "sliding windows"),
+    Family(
+        "Qwen3-MoE",
+        ("qwen3_moe",),
+        ("qwen3_moe", "qwen3_moe some layers"),
+        "experts in all or some layers; scores normalised or not",
+    ),
+    Family(
+        "GLM-4",
+        ("glm4",),
+        ("glm4", "glm4 tied, no biases"),
+        "norms after attention and MLP; half of a head rotates, in neighbouring pairs",
+    ),
+    Family(
+        "GPT-OSS",
+        ("gpt_oss",),
+        ("gpt_oss",),
+        "attention sinks; windows in every other layer; biases everywhere; bounded gates; experts in one tensor; YaRN",
+    ),
+    Family(
+        "DeepSeek-V3, -R1",
+        ("deepseek_v3",),
+        ("deepseek_v3", "deepseek_v3 whole queries"),
+        "latent attention; sigmoid router with bias, in groups; shared experts; first layers dense; YaRN",
+    ),
+    Family("Kimi K2", ("kimi_k2",), ("kimi_k2",), "DeepSeek-V3's under another name, without groups"),
+    Family(
+        "Qwen3-Next",
+        ("qwen3_next",),
+        ("qwen3_next",),
+        "gated delta nets; gated attention; norms from zero; experts with a gated shared one",
+    ),
+    Family(
+        "Qwen3.5, text",
+        ("qwen3_5_text", "qwen3_5_moe_text"),
+        ("qwen3_5_text", "qwen3_5_moe_text"),
+        "the same, dense or with experts",
+    ),
+)
+#: Cases that go through a trainer's steps, checkpoints and exports.
+TRAINED = ("qwen3_moe", "glm4", "gpt_oss", "deepseek_v3", "qwen3_next")
+#: Kinds that other tests train on.
+_TRAINED_ELSEWHERE = ("qwen2", "qwen3", "llama")
+
+
+def table() -> str:
+    """Markdown."""
+    lines = [
+        "| family | `model_type` | what it has of its own | logits, gradients | tensors back | trained, continued | embedded engine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        trained = set(TRAINED + _TRAINED_ELSEWHERE) & {*family.cases, *family.kinds}
+        served = "yes" if set(family.kinds) <= set(EMBEDDED_KINDS) else "no"
+        cells = (
+            family.name,
+            ", ".join(f"`{kind}`" for kind in family.kinds),
+            family.parts,
+            f"1e-5, 1e-4 ({len(family.cases)})",
+            "bitwise",
+            "yes" if trained else "no",
+            served,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+_HEAD = "| family |"
+
+
+def page_with_table() -> str:
+    """docs/models.md with the table as it should be."""
+    text = _PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(_HEAD)
+    after = rest.partition("\n\n")[2]
+    return f"{before}{table()}\n{after}"
+
+
+if __name__ == "__main__":
+    _PAGE.write_text(page_with_table(), encoding="utf-8")
