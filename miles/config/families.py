@@ -90,6 +90,18 @@ def _glm4(hf: HfConfig) -> dict[str, Any]:
     }
 
 
+@_family("glm4_moe")
+def _glm4_moe(hf: HfConfig) -> dict[str, Any]:
+    return (
+        _decoder(hf, rotary_percent=0.5)
+        | _grouped_experts(hf)
+        | {
+            "add_qkv_bias": bool(hf.get("attention_bias", False)),
+            "qk_layernorm": bool(hf.get("use_qk_norm", False)),
+        }
+    )
+
+
 @_family("gpt_oss")
 def _gpt_oss(hf: HfConfig) -> dict[str, Any]:
     _refuse(hf, "attention_bias", True, "its attention has biases")
@@ -176,12 +188,12 @@ def _qwen3_5(hf: HfConfig) -> dict[str, Any]:
 
 
 def _grouped_experts(hf: HfConfig) -> dict[str, Any]:
-    """Experts of DeepSeek-V3: chosen by sigmoid and bias within some groups, beside shared ones, after a few dense layers."""
+    """Experts of DeepSeek-V3 and GLM-4.5: chosen by sigmoid and bias within some groups, beside shared ones, after a few dense layers."""
     for key, allowed in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("norm_topk_prob", True)):
         _refuse(hf, key, allowed, f"only {allowed} is built")
     _refuse(hf, "moe_layer_freq", 1, "only experts in each layer after the first are built")
-    layers, dense, topk = hf["num_hidden_layers"], hf.get("first_k_dense_replace") or 0, hf["num_experts_per_tok"]
-    groups, of_groups = hf.get("n_group") or 1, hf.get("topk_group") or 1
+    layers, dense, topk = hf["num_hidden_layers"], hf["first_k_dense_replace"] or 0, hf["num_experts_per_tok"]
+    groups, of_groups = hf["n_group"] or 1, hf["topk_group"] or 1
     if of_groups < groups and topk // of_groups != 2:
         raise Unsupported(
             f"num_experts_per_tok {topk} and topk_group {of_groups}: groups are chosen by their best two experts, and "
@@ -198,7 +210,7 @@ def _grouped_experts(hf: HfConfig) -> dict[str, Any]:
         "moe_router_topk": topk,
         "moe_router_score_function": "sigmoid",
         "moe_router_pre_softmax": True,
-        "moe_router_topk_scaling_factor": float(hf.get("routed_scaling_factor", 1.0)),
+        "moe_router_topk_scaling_factor": float(hf["routed_scaling_factor"]),
         "moe_router_enable_expert_bias": True,
         "moe_router_dtype": "fp32",
     }

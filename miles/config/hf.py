@@ -19,7 +19,6 @@ PLANNED_FAMILIES = frozenset(
         "mixtral",
         "qwen2_moe",
         "deepseek_v2",
-        "glm4_moe",
         "llama4",
         "olmoe",
         "phimoe",

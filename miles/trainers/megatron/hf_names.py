@@ -308,12 +308,16 @@ model_kinds.register("glm4")(
     )
 )
 
+_GROUPED_EXPERTS = (
+    *_EXPERTS,
+    _in_layer("mlp.router.expert_bias", ["mlp.gate.e_score_correction_bias"], Whole()),
+    *_shared_expert("mlp.shared_experts"),
+)
+model_kinds.register("glm4_moe")((*_DENSE, *_GROUPED_EXPERTS))
 model_kinds.register("deepseek_v3", "kimi_k2")(
     (
         *_DENSE,
-        *_EXPERTS,
-        _in_layer("mlp.router.expert_bias", ["mlp.gate.e_score_correction_bias"], Whole()),
-        *_shared_expert("mlp.shared_experts"),
+        *_GROUPED_EXPERTS,
         _in_layer("self_attention.linear_q_proj.weight", ["self_attn.q_proj.weight"], Cut(0)),
         _in_layer("self_attention.linear_q_down_proj.weight", ["self_attn.q_a_proj.weight"], Cut(0)),
         _in_layer("self_attention.q_layernorm.weight", ["self_attn.q_a_layernorm.weight"], Whole()),

@@ -156,7 +156,13 @@ _COMPLETE = {
     "deepseek_v3": BASE
     | {"model_type": "deepseek_v3", "q_lora_rank": 12, "kv_lora_rank": 8, "v_head_dim": 8, "qk_nope_head_dim": 16}
     | {"qk_rope_head_dim": 4, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 4}
-    | {"moe_intermediate_size": 32, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+    | {
+        "moe_intermediate_size": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+    }
     | {"rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}},
 }
 

@@ -14,6 +14,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4Config,
     Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -85,6 +87,11 @@ def _glm4(**options: Any) -> PreTrainedModel:
     return Glm4ForCausalLM(Glm4Config(**_SIZES | {"head_dim": 32} | options))
 
 
+def _glm4_moe(**options: Any) -> PreTrainedModel:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**_SIZES | experts | {"head_dim": 32} | options))
+
+
 def _gpt_oss(**options: Any) -> PreTrainedModel:
     sizes = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}
     rope = _YARN | {"truncate": False, "factor": 32.0}
@@ -138,6 +145,8 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "glm4": lambda: _glm4(),
     "glm4 tied, no biases": lambda: _glm4(attention_bias=False, tie_word_embeddings=True),
+    "glm4_moe": lambda: _glm4_moe(use_qk_norm=True, attention_bias=True, routed_scaling_factor=1.5),
+    "glm4_moe plain": lambda: _glm4_moe(),
     "gpt_oss": lambda: _gpt_oss(),
     "deepseek_v3": lambda: _deepseek(rope_parameters=_DEEPSEEK_YARN),
     "deepseek_v3 whole queries": lambda: _deepseek(q_lora_rank=None, rope_interleave=False, n_shared_experts=1),
@@ -215,6 +224,12 @@ FAMILIES: tuple[Family, ...] = (
         ("glm4",),
         ("glm4", "glm4 tied, no biases"),
         "norms after attention and MLP; half of a head rotates, in neighbouring pairs",
+    ),
+    Family(
+        "GLM-4.5, 4.6, 4.7",
+        ("glm4_moe",),
+        ("glm4_moe", "glm4_moe plain"),
+        "half of a head rotates; experts as in DeepSeek-V3; biases of Q, K, V and norms of heads, where the file says so",
     ),
     Family(
         "GPT-OSS",
