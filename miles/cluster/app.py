@@ -159,7 +159,7 @@ class App:
         if self.trainers:
             self.trainers.look = self.recovery.look
             self.trainers.start(self._total_optimizer_steps(), self.run_dir.path, resume.checkpoint, resume.start)
-        dp_size = self.trainers.world_size if self.trainers else 1
+        dp_size = self.trainers.data_size if self.trainers else 1
         self.rollout_manager.start(self._engines.addresses, dp_size, resume.data_state)
         if config.preference.precompute_ref_log_probs and self.trainers:
             self._score_with_reference(self.trainers)

@@ -22,7 +22,7 @@ import numpy as np
 import ray
 import torch
 
-from miles.config import Config, import_plugins
+from miles.config import Config, import_plugins, parallel_sizes
 from miles.engines.client import EngineClient
 from miles.errors import CheckpointError, EngineError, WeightUpdateError
 from miles.interfaces import WeightTransport
@@ -198,6 +198,7 @@ class TrainerGroup:
     def __init__(self, config: Config, placement: Placement, logs: Path):
         self.config = config
         self._limit_s = config.cluster.wait_timeout
+        self._sizes = parallel_sizes(config)
         self.look: Look | None = None
         self._begun: _Publication | None = None
         cpu_threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -220,6 +221,15 @@ class TrainerGroup:
     @property
     def world_size(self) -> int:
         return len(self.processes)
+
+    @property
+    def data_size(self) -> int:
+        """Shards of a batch: replicas of the model."""
+        return self._sizes.data_size(self.world_size)
+
+    def _shard(self, shards: Sequence[ray.ObjectRef], rank: int) -> ray.ObjectRef:
+        """Ranks of one replica are handed the same."""
+        return shards[self._sizes.data_rank(rank, self.world_size)]
 
     def _all(self, what: str, call: Callable[[Any, int], ray.ObjectRef]) -> list[Any]:
         return self._wait({process: call(process.handle, rank) for rank, process in enumerate(self.processes)}, what)
@@ -259,8 +269,10 @@ class TrainerGroup:
         then_publish: engines and the version of the weights that come out. A rank goes on to that publication at once, without
         the driver's word between; `publish` waits for it, and has to be called.
         """
-        # One rank per data-parallel shard: with TP, PP or CP above 1 several ranks will be handed the same shard.
-        calls = {process: process.handle.train.remote(shards[rank]) for rank, process in enumerate(self.processes)}
+        calls = {
+            process: process.handle.train.remote(self._shard(shards, rank))
+            for rank, process in enumerate(self.processes)
+        }
         if then_publish is not None:
             engines, version = then_publish
             self._begun = _Publication(
@@ -273,8 +285,12 @@ class TrainerGroup:
         )
 
     def reference_log_probs(self, shards: Sequence[ray.ObjectRef]) -> list[np.ndarray]:
-        """Of each rank's rows; `shards` as in `train`."""
-        return self._all("reference log-probs", lambda h, rank: h.reference_log_probs.remote(shards[rank]))
+        """Of the rows of each shard; `shards` as in `train`."""
+        found = self._all(
+            "reference log-probs", lambda h, rank: h.reference_log_probs.remote(self._shard(shards, rank))
+        )
+        of_shard = {self._sizes.data_rank(rank, self.world_size): values for rank, values in enumerate(found)}
+        return [of_shard[number] for number in range(self.data_size)]
 
     def drop_reference(self) -> None:
         """Batches bring the reference's log-probs from now on."""
@@ -282,7 +298,7 @@ class TrainerGroup:
 
     def evaluate(self, name: str, shards: Sequence[ray.ObjectRef]) -> dict[str, float]:
         """Loss and metrics of one evaluation data set, without a gradient; `shards` as in `train`."""
-        return self._all(f"evaluation {name}", lambda h, rank: h.evaluate.remote(shards[rank]))[0]
+        return self._all(f"evaluation {name}", lambda h, rank: h.evaluate.remote(self._shard(shards, rank)))[0]
 
     def publish(self, engines: Sequence[EngineAddress], version: WeightVersion) -> PublishStats:
         """Returns once every engine serves `version`: at the end of the publication that `train` began, or of a new one."""

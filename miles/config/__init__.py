@@ -28,6 +28,7 @@ from .groups import (
 )
 from .hooks import absolute_hook, load_hook, load_module
 from .jobs import Job, job_of
+from .parallel import ParallelSizes, parallel_sizes
 from .platform import Platform, detect_platform
 from .plugins import import_plugins
 from .problem import Problem, nearest, raise_if, suggestion
@@ -50,6 +51,7 @@ __all__ = [
     "ModelArgs",
     "NotInEffect",
     "OptimizerArgs",
+    "ParallelSizes",
     "PerfArgs",
     "Platform",
     "PreferenceArgs",
@@ -77,6 +79,7 @@ __all__ = [
     "load_module",
     "make_config",
     "nearest",
+    "parallel_sizes",
     "public_argv",
     "public_dict",
     "raise_if",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .groups import Config
+from .parallel import parallel_sizes
 
 
 def trainer_world_size(config: Config) -> int:
@@ -63,10 +64,11 @@ def _longest_sample(config: Config) -> int | None:
 
 def _micro_batches(config: Config, samples: int, longest: int | None) -> int | None:
     """Most micro-batches of one rank in one optimizer step of `samples` samples."""
-    rows = math.ceil(samples / trainer_world_size(config))
+    sizes = parallel_sizes(config)
+    rows = math.ceil(samples / sizes.data_size(trainer_world_size(config)))
     if not config.perf.use_dynamic_batch_size:
         return math.ceil(rows / config.rollout.micro_batch_size)
     if longest is None or config.perf.max_tokens_per_gpu is None:
         return None
     # Rows at their limit; a row longer than the budget has a micro-batch of its own.
-    return math.ceil(rows / max(1, config.perf.max_tokens_per_gpu // longest))
+    return math.ceil(rows / max(1, config.perf.max_tokens_per_gpu * sizes.context // longest))

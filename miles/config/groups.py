@@ -294,6 +294,8 @@ class RolloutArgs:
     """Seconds for one call of a log hook; one that takes longer or raises is switched off, with a warning."""
     balance_data: bool = False
     """Equalise tokens across data-parallel ranks."""
+    balance_by_flops: bool = False
+    """Equalise them by estimated floating-point operations, in which attention over long sequences weighs more."""
     max_failed_sample_fraction: float = 0.2
     """Stop the run when more than this share of a rollout's samples FAILED."""
 
@@ -329,11 +331,37 @@ class PerfArgs:
     use_dynamic_batch_size: bool = False
     """Fill micro-batches up to --max-tokens-per-gpu instead of --micro-batch-size rows."""
     max_tokens_per_gpu: int | None = None
-    """Token budget of a micro-batch."""
+    """Token budget of a micro-batch, for each of the ranks that share its sequences (--context-parallel-size)."""
     log_probs_chunk_size: int = 1024
     """Tokens whose logits are live at once in log-prob computation; -1 takes all at once."""
     attention_backend: Literal["auto", "local", "flash", "fused", "unfused"] = "auto"
     """Attention kernels of the trainer; auto takes torch SDPA on CPU, flash-attn varlen or TE on GPU."""
+    tensor_model_parallel_size: int = 1
+    """Trainer ranks that share each layer."""
+    sequence_parallel: bool = False
+    """Those ranks also share the activations between layers, each a piece of the sequence."""
+    pipeline_model_parallel_size: int = 1
+    """Trainer ranks that share the layers, one stage each."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Interleaved schedule: layers of one piece of the model, of which each pipeline rank has several."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """The same as a number of pieces."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline rank; the others share the rest evenly."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline rank."""
+    context_parallel_size: int = 1
+    """Trainer ranks that share each sequence; --max-tokens-per-gpu is then that of each."""
+    expert_model_parallel_size: int = 1
+    """Trainer ranks that share the experts of each layer; taken from those that hold the same layer."""
+    expert_tensor_parallel_size: int = 1
+    """Trainer ranks that share each expert."""
+    use_distributed_optimizer: bool = False
+    """Optimizer state shared by the data-parallel ranks, a part each."""
+    overlap_grad_reduce: bool = False
+    """Gradients are reduced over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """With --use-distributed-optimizer: updated weights are gathered while the next forward pass goes on."""
 
 
 @dataclass(frozen=True)

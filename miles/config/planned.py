@@ -1,7 +1,7 @@
 """Flags that users of Miles, slime and Megatron know and whose part is not built yet: each an error that says so.
 
-A flag is never accepted and ignored. One value of some of them asks for what is so anyway (`--tensor-model-parallel-size
-1`, `--attention-dropout 0`): that value is true and is accepted, so that a launch script still parses.
+A flag is never accepted and ignored. One value of some of them asks for what is so anyway (`--qkv-format thd`,
+`--attention-dropout 0`): that value is true and is accepted, so that a launch script still parses.
 """
 
 from __future__ import annotations
@@ -63,24 +63,14 @@ PARTS: tuple[Part, ...] = (
         "use --teacher-load",
     ),
     Part(
-        "tensor, pipeline, context and expert parallelism",
+        "more parallelism",
         {
-            "tensor-model-parallel-size": "ranks that share each layer",
-            "pipeline-model-parallel-size": "ranks that share the layers",
-            "context-parallel-size": "ranks that share each sequence",
-            "expert-model-parallel-size": "ranks that share the experts",
-            "expert-tensor-parallel-size": "ranks that share each expert",
-            "sequence-parallel": "activations sharded along the sequence within tensor parallelism",
-            "num-layers-per-virtual-pipeline-stage": "the interleaved pipeline schedule",
-            "num-virtual-stages-per-pipeline-rank": "the interleaved pipeline schedule",
-            "decoder-first-pipeline-num-layers": "an uneven first stage",
-            "decoder-last-pipeline-num-layers": "an uneven last stage",
             "allgather-cp": "contiguous context parallelism by all-gather",
             "qkv-format": "padded (bshd) attention layout",
             "indep-dp": "data-parallel replicas as independent Megatron worlds",
             "delay-split-train-data-by-dp": "the trainers splitting a whole batch",
         },
-        "use data parallelism: --actor-num-nodes and --actor-num-gpus-per-node",
+        "use --tensor-model-parallel-size, --pipeline-model-parallel-size, --context-parallel-size and more ranks",
     ),
     Part(
         "training memory and speed",
@@ -89,9 +79,6 @@ PARTS: tuple[Part, ...] = (
             "recompute-method": "activation recomputation",
             "recompute-num-layers": "activation recomputation",
             "recompute-loss-function": "recomputation of the loss",
-            "use-distributed-optimizer": "optimizer state sharded over data-parallel ranks",
-            "overlap-grad-reduce": "gradient reduction overlapped with the backward pass",
-            "overlap-param-gather": "parameter gathering overlapped with the forward pass",
             "optimizer-cpu-offload": "optimizer state in host memory",
             "overlap-cpu-optimizer-d2h-h2d": "overlapped copies of that state",
             "use-precision-aware-optimizer": "optimizer state in lower precision",
@@ -103,7 +90,6 @@ PARTS: tuple[Part, ...] = (
             "hidden-dropout": "dropout of activations",
             "attention-softmax-in-fp32": "softmax precision chosen by hand",
             "log-probs-max-tokens-per-gpu": "a token budget of its own for passes without gradient",
-            "balance-by-flops": "balance of ranks by estimated FLOPs",
             "data-pad-size-multiplier": "padding of packed batches to a multiple",
             "stream-optimizer-state-to-disk": "optimizer state in files through the step",
             "stream-optimizer-state-moment-dtype": "dtype of the Adam moments in those files",
@@ -373,11 +359,6 @@ INSTEAD: Mapping[str, str] = {
 
 #: Flag -> the words that ask for what is so anyway; () is the bare switch. Numbers compare as numbers.
 ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "tensor-model-parallel-size": (("1",),),
-    "pipeline-model-parallel-size": (("1",),),
-    "context-parallel-size": (("1",),),
-    "expert-model-parallel-size": (("1",),),
-    "expert-tensor-parallel-size": (("1",),),
     "qkv-format": (("thd",),),
     "attention-dropout": (("0",),),
     "hidden-dropout": (("0",),),

@@ -144,4 +144,6 @@ def _not_in_effect(config: Config, platform: Platform) -> list[NotInEffect]:
             found.append(NotInEffect(fields()[name].flag, True, "a kernel of a GPU"))
     if not platform.has_gpu and not config.optimizer.accumulate_allreduce_grads_in_fp32:
         found.append(NotInEffect("--accumulate-allreduce-grads-in-fp32", False, "a CPU's weights are fp32"))
+    if config.perf.sequence_parallel and config.perf.tensor_model_parallel_size == 1:
+        found.append(NotInEffect("--sequence-parallel", True, "one rank has each layer, and nobody to share with"))
     return found

@@ -20,6 +20,7 @@ from .fields import fields, flatten, show
 from .groups import Config
 from .jobs import JOB_RANGES, JOB_RULES, job_of
 from .model_rules import MODEL_RANGES, MODEL_RULES
+from .parallel_rules import PARALLEL_RANGES, PARALLEL_RULES
 from .preference_rules import PREFERENCE_RANGES, PREFERENCE_RULES
 from .problem import Problem
 from .reward_rules import REWARD_RANGES, REWARD_RULES
@@ -91,6 +92,7 @@ RANGES: dict[str, Range] = {
     **REWARD_RANGES,
     **PREFERENCE_RANGES,
     **JOB_RANGES,
+    **PARALLEL_RANGES,
 }
 
 
@@ -628,6 +630,7 @@ RULES: tuple[Rule, ...] = (
     *REWARD_RULES,
     *JOB_RULES,
     *PREFERENCE_RULES,
+    *PARALLEL_RULES,
 )
 
 LAUNCH_RULES: tuple[Rule, ...] = (

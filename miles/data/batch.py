@@ -19,7 +19,7 @@ import numpy as np
 
 from miles.algo.advantages import AdvantageSpec, Outcomes, advantage_estimators, equal_reward_groups
 from miles.algo.aggregation import loss_weights
-from miles.config import Config, GrpoArgs, args_view, job_of
+from miles.config import Config, GrpoArgs, ModelArgs, args_view, job_of, parallel_sizes
 from miles.config.algorithms import BUILT_IN
 from miles.errors import ConfigError, DataError, HookError
 from miles.interfaces import Args
@@ -399,6 +399,7 @@ def plan_rows(
             raise ConfigError(
                 "--use-dynamic-batch-size, got no --max-tokens-per-gpu: it is the budget to fill; give it"
             )
+        max_tokens *= config.perf.context_parallel_size
     return plan_batch(
         lengths,
         step_of_row,
@@ -407,9 +408,24 @@ def plan_rows(
         group_of_row=group_of_row,
         micro_batch_size=config.rollout.micro_batch_size if max_tokens is None else None,
         max_tokens=max_tokens,
-        balance=config.rollout.balance_data,
+        balance=config.rollout.balance_data or config.rollout.balance_by_flops,
+        costs=layer_flops(config.model, lengths) if config.rollout.balance_by_flops else None,
+        multiple_of=parallel_sizes(config).micro_batch_multiple,
         num_steps=num_steps,
     )
+
+
+def layer_flops(model: ModelArgs, lengths: np.ndarray) -> np.ndarray:
+    """[B] floating-point operations of one forward pass of a layer over rows of these lengths, in thousands.
+
+    Products of matrices grow with the length, causal attention with its square: 2 operations a weight and token, and 4 a
+    query head, its width and pair of tokens, of which half are seen.
+    """
+    heads, width, hidden = model.num_attention_heads or 1, model.kv_channels or 1, model.hidden_size or 1
+    groups, matrices = model.num_query_groups or heads, 3 if model.swiglu else 2
+    weights = hidden * width * 2 * (heads + groups) + matrices * hidden * (model.ffn_hidden_size or 0)
+    tokens = np.asarray(lengths, dtype=np.int64)
+    return (2 * weights * tokens + 2 * heads * width * tokens**2) // 1000
 
 
 def share_of_rank(

@@ -34,6 +34,8 @@ def plan_batch(
     micro_batch_size: int | None = None,
     max_tokens: int | None = None,
     balance: bool = False,
+    costs: Sequence[int] | np.ndarray | None = None,
+    multiple_of: int = 1,
     num_steps: int | None = None,
 ) -> Plan:
     """Places every row exactly once.
@@ -44,8 +46,9 @@ def plan_batch(
     given; only a unit that alone exceeds it does, and then stands alone. group_of_row: [B] rows that gain from one micro-batch,
     as those of one prompt do, whose tokens are then computed once: with max_tokens those of a rank stay together where that
     needs no more micro-batches.
-    balance=False deals a step's units to the ranks in order, as evenly as counts allow; balance=True evens out tokens: ranks
-    of a step differ by at most the longest unit. Raises ValueError on inputs that break these rules.
+    balance=False deals a step's units to the ranks in order, as evenly as counts allow; balance=True evens out `costs` [B], or
+    tokens where it is None: ranks of a step differ by at most the dearest unit. The number of micro-batches of a step is a
+    multiple of `multiple_of`, as an interleaved pipeline needs it. Raises ValueError on inputs that break these rules.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     step_of_row = np.asarray(step_of_row, dtype=np.int64)
@@ -67,7 +70,10 @@ def plan_batch(
     elif num_steps < used:
         raise ValueError(f"num_steps, got {num_steps}: a row belongs to step {used - 1}")
 
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of, got {multiple_of}: numbers of micro-batches are counted in it; give at least 1")
     units = _Units.of(lengths, unit_of_row)
+    cost_of_unit = units.tokens if costs is None else units.sums(np.asarray(costs, dtype=np.int64))
     step_of_unit = step_of_row[units.first]
     if unit_of_row is not None and (step_of_unit[units.of_row] != step_of_row).any():
         raise ValueError(
@@ -78,7 +84,7 @@ def plan_batch(
     for step in range(num_steps):
         mine = np.flatnonzero(step_of_unit == step)
         parts = (
-            balanced_parts(units.tokens[mine], dp_size) if balance else np.array_split(np.arange(len(mine)), dp_size)
+            balanced_parts(cost_of_unit[mine], dp_size) if balance else np.array_split(np.arange(len(mine)), dp_size)
         )
         units_of_rank = [mine[part] for part in parts]
         if max_tokens is None:
@@ -87,7 +93,7 @@ def plan_batch(
         else:
             micro = _by_tokens(units_of_rank, units.tokens, max_tokens, group_of_unit)
         # A step without rows is still a step: the optimizer's momentum moves the weights.
-        count = max(1, *map(len, micro))
+        count = -(-max(1, *map(len, micro)) // multiple_of) * multiple_of
         empty = np.empty(0, dtype=np.int64)
         steps.append(tuple((*map(units.members, own), *[empty] * (count - len(own))) for own in micro))
     return Plan(tuple(steps))
@@ -120,6 +126,12 @@ class _Units:
         tokens = np.zeros(len(first), dtype=np.int64)
         np.add.at(tokens, of_row, lengths)
         return cls(of_row, first[order], tokens, rows[order])
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """[U] of `values` [B]."""
+        sums = np.zeros(len(self.first), dtype=np.int64)
+        np.add.at(sums, self.of_row, values)
+        return sums
 
     def members(self, units: np.ndarray) -> np.ndarray:
         """Their rows, ascending."""

@@ -12,6 +12,8 @@ tokens that follow it, whose queries see the prefix's keys before their own.
 
     [ sequences, longest first | prefixes, longest first | branches, by length of prefix, then longest first ]
 
+Context-parallel ranks hold two pieces of each sequence (see `context`), whose queries see the keys of all ranks, gathered.
+
 Legend: `T` packed tokens, `S` sequences, `N` query heads, `K` key/value heads, `D` head dimension.
 """
 
@@ -27,13 +29,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from .context import of_rank
 
 #: A block takes sequences down to this share of its longest; the rest open the next block.
 _MIN_FILL = 0.75
@@ -82,6 +87,20 @@ class Block:
         return 0 if self.prefixes is None else self.prefixes.length
 
 
+@dataclass(frozen=True)
+class SharedBlock:
+    """Neighbouring sequences of one length, of each of which this rank has an early and a late piece."""
+
+    start: int
+    stop: int
+    """Tokens `start:stop` of this rank's axis: for each sequence its two pieces."""
+    rows: int
+    length: int
+    """Tokens of a piece."""
+    keys: tuple[Tensor, Tensor]
+    """For each piece [rows * keys that its last query sees], numbers into the tokens of all ranks, rank by rank."""
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
     """Megatron's description of packed sequences, with what our own layers need besides. All on the model's device."""
@@ -89,6 +108,8 @@ class PackedSequences(PackedSeqParams):
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """[T] position of each token in its sequence, prefix included."""
     blocks: tuple[Block, ...] = ()
+    shared: tuple[SharedBlock, ...] = ()
+    """In the place of blocks, where context-parallel ranks share the sequences."""
     _phases: tuple[Tensor, Tensor] | None = None
     _turns: Tensor | None = None
 
@@ -101,10 +122,12 @@ class PackedSequences(PackedSeqParams):
         prefixes: Sequence[int] | np.ndarray = (),
         branches: Sequence[int] | np.ndarray = (),
         prefix_of: Sequence[int] | np.ndarray = (),
+        padding: int = 0,
     ) -> PackedSequences:
         """`lengths` [S] of whole sequences, `prefixes`, and `branches` without their prefix: tokens, each at least 1.
 
-        `prefix_of` [branches] numbers the prefix that each continues. Orders as in the module's drawing.
+        `prefix_of` [branches] numbers the prefix that each continues. Orders as in the module's drawing. `padding` tokens
+        of no sequence follow at the end.
         """
         whole, roots, own, of = (np.asarray(v, dtype=np.int64) for v in (lengths, prefixes, branches, prefix_of))
         before = roots[of]
@@ -119,10 +142,11 @@ class PackedSequences(PackedSeqParams):
                 raise ValueError(
                     f"lengths, got {part.tolist()}: sequences are packed longest first, each of 1 token or more"
                 )
-        every = np.concatenate([whole, roots, own])
+        rest = np.array([padding] if padding else [], dtype=np.int64)
+        every = np.concatenate([whole, roots, own, rest])
         ends = np.cumsum(every)
         starts = ends - every
-        offsets = np.concatenate([np.zeros(len(whole) + len(roots), dtype=np.int64), before])
+        offsets = np.concatenate([np.zeros(len(whole) + len(roots), dtype=np.int64), before, np.zeros_like(rest)])
         positions = np.arange(ends[-1]) + np.repeat(offsets - starts, every)
         boundaries = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device)
         longest = int((every + offsets).max())
@@ -140,6 +164,7 @@ class PackedSequences(PackedSeqParams):
                 shared = start + of_row[:, None] * int(length) + torch.arange(int(length), device=device)
                 inputs = torch.cat([shared, _tokens(block, device)], dim=1).flatten()
                 blocks.append(replace(block, prefixes=prefix, inputs=inputs))
+        blocks += _blocks(rest, int(ends[-1]) - padding, device)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=boundaries,
@@ -148,6 +173,36 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=longest,
             positions=torch.from_numpy(positions).to(device),
             blocks=tuple(blocks),
+        )
+
+    @classmethod
+    def split(cls, lengths: np.ndarray, device: torch.device, rank: int, size: int) -> PackedSequences:
+        """This rank's part of sequences that `size` ranks share. `lengths` [S] of whole ones, multiples of 2 * size."""
+        starts = np.cumsum(lengths) - lengths
+        place = np.empty(int(lengths.sum()), dtype=np.int64)
+        """Where each token is among those of all ranks, rank by rank."""
+        place[np.concatenate([of_rank(lengths, other, size) for other in range(size)])] = np.arange(len(place))
+        mine = of_rank(lengths, rank, size)
+        blocks, first, at = [], 0, 0
+        while first < len(lengths):
+            length = int(lengths[first])
+            last = first + int(np.argmin(np.append(lengths[first:] == length, False)))
+            piece, rows = length // (2 * size), last - first
+            tokens = starts[first:last, None] + np.arange(length)
+            seen = ((rank + 1) * piece, length - rank * piece)
+            early, late = (torch.from_numpy(place[tokens[:, :end]].flatten()).to(device) for end in seen)
+            blocks.append(SharedBlock(at, at + 2 * piece * rows, rows, piece, (early, late)))
+            first, at = last, at + 2 * piece * rows
+        boundaries = torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device)
+        longest = int(lengths.max())
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries,
+            cu_seqlens_kv=boundaries,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            positions=torch.from_numpy(mine - np.repeat(starts, lengths // size)).to(device),
+            shared=tuple(blocks),
         )
 
     def phases(
@@ -305,8 +360,7 @@ class PackedCoreAttention(torch.nn.Module):
     ):
         """`backend`: auto, flash (flash-attn), local (torch picks a kernel) or unfused (matmul, softmax, matmul)."""
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError("context parallelism is not built yet for packed attention")
+        self._context = None if pg_collection is None else pg_collection.cp
         self.softmax_scale = softmax_scale
         self.backend = backend
         self.window = None
@@ -338,12 +392,15 @@ class PackedCoreAttention(torch.nn.Module):
             out = self(query, key, wide, attention_mask, packed_seq_params=packed_seq_params)
             narrow: Tensor = out.unflatten(1, (query.shape[1], -1))[..., :width].flatten(1)
             return narrow
-        if uses_flash_attn(query.device, self.backend) and self.softmax_offset is None:
+        can_flash = self.softmax_offset is None and not packed_seq_params.shared
+        if can_flash and uses_flash_attn(query.device, self.backend):
             return self._flash(query, key, value, packed_seq_params).flatten(1)
         return self.attend(torch.cat([query, key, value], dim=1), query.shape[1], packed_seq_params)
 
     def attend(self, qkv: Tensor, num_heads: int, sequences: PackedSequences) -> Tensor:
         """qkv [T, N + 2 K, D], queries then keys then values, `num_heads` N -> [T, N * D]. With torch's kernels."""
+        if sequences.shared:
+            return self._attend_shared(qkv, num_heads, sequences)
         parts = _Divide.apply(qkv, num_heads, sequences.blocks)
         outputs = []
         with sdpa_kernel(SDPBackend.MATH) if self.backend == "unfused" else nullcontext():
@@ -369,6 +426,26 @@ class PackedCoreAttention(torch.nn.Module):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+    def _attend_shared(self, qkv: Tensor, num_heads: int, sequences: PackedSequences) -> Tensor:
+        """As `attend`, of this rank's pieces of each sequence, with the keys and values of all ranks."""
+        num_groups = (qkv.shape[1] - num_heads) // 2
+        gathered = gather_from_sequence_parallel_region(qkv[:, num_heads:].contiguous(), group=self._context)
+        outputs = []
+        with sdpa_kernel(SDPBackend.MATH) if self.backend == "unfused" else nullcontext():
+            for block in sequences.shared:
+                own = qkv[block.start : block.stop, :num_heads].unflatten(0, (block.rows, 2, block.length))
+                pieces = []
+                for number, seen in enumerate(block.keys):
+                    both = gathered.index_select(0, seen).unflatten(0, (block.rows, -1)).transpose(1, 2)
+                    parts = own[:, number].transpose(1, 2), both[:, :num_groups], both[:, num_groups:]
+                    if self.softmax_offset is not None or self.window is not None:
+                        out = self._with_mask(*parts, self.window or both.shape[2])
+                    else:
+                        out = self._sdpa(*parts, causal_lower_right(block.length, both.shape[2]))
+                    pieces.append(out.transpose(1, 2))
+                outputs.append(torch.stack(pieces, dim=1).reshape(block.stop - block.start, -1))
+        return torch.cat(outputs)
 
     def _with_mask(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         """The same with the sinks, each query on the last `window` keys up to its own; queries are at the keys' last positions.

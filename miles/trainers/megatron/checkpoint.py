@@ -14,6 +14,7 @@ import functools
 import json
 import queue
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ def save_state(
     directory: str | Path,
     iteration: int,
     *,
-    model: GPTModel,
+    model: Sequence[GPTModel],
     optimizer: MegatronOptimizer | None,
     state: dict[str, Any],
     parallel: Parallel,
-    critic: tuple[GPTModel, MegatronOptimizer | None] | None = None,
+    critic: tuple[Sequence[GPTModel], MegatronOptimizer | None] | None = None,
     reference: ReferenceWeights | None = None,
 ) -> Path:
     """Writes this rank's part into the partial directory, emptied first, and returns that. Every rank calls it.
@@ -119,7 +120,7 @@ def _write_buckets(transforms: list[Any], rank: int, buckets: list[Any], results
 def load_state(
     checkpoint: Path,
     *,
-    model: GPTModel,
+    model: Sequence[GPTModel],
     optimizer: MegatronOptimizer | None,
     parallel: Parallel,
     without: frozenset[str] = frozenset(),
@@ -129,11 +130,14 @@ def load_state(
     `without` names parameters that stay as they are.
     """
     wanted = _sharded_state(model, optimizer, parallel, is_loading=True)
-    wanted["model"] = {name: part for name, part in wanted["model"].items() if name not in without}
+    for part in wanted["model"].values():
+        for name in without & part.keys():
+            del part[name]
     try:
         with cpu.cuda_means_cpu():
             loaded = dist_checkpointing.load(wanted, str(checkpoint))
-            model.load_state_dict(loaded["model"], strict=not without)
+            for number, part in enumerate(model):
+                part.load_state_dict(loaded["model"][str(number)], strict=not without)
             if optimizer is not None:
                 optimizer.load_state_dict(loaded["optimizer"])
     except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
@@ -163,10 +167,19 @@ def load_rng(checkpoint: Path, parallel: Parallel) -> None:
 
 
 def _sharded_state(
-    model: GPTModel, optimizer: MegatronOptimizer | None, parallel: Parallel, *, is_loading: bool = False
+    model: Sequence[GPTModel], optimizer: MegatronOptimizer | None, parallel: Parallel, *, is_loading: bool = False
 ) -> dict[str, Any]:
-    metadata = {"dp_cp_group": parallel.groups.dp_cp, "singleton_local_shards": False}
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    metadata = {
+        "dp_cp_group": parallel.groups.dp_cp,
+        "singleton_local_shards": False,
+        # Of a distributed optimizer: the tensors of a plain one, so that each can be loaded as the other.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    # Tensors go by the names that they have in the whole model, whatever piece holds them.
+    pieces = {str(number): part.sharded_state_dict(metadata=metadata) for number, part in enumerate(model)}
+    state: dict[str, Any] = {"model": pieces}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
     return state

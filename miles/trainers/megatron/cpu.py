@@ -26,7 +26,9 @@ _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like"
 
 
 def prepare() -> None:
-    """Settings that have to be made before megatron is imported. With CUDA there are none."""
+    """Settings that have to be made before megatron is imported."""
+    # Megatron's order of communication and computation counts on one queue to the GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         return
     # Without a GPU torch.compile only costs start-up time: megatron's fusions then run as the plain functions they are.
@@ -46,7 +48,9 @@ def cuda_means_cpu() -> Iterator[None]:
     with ExitStack() as stack:
         # Parameters, gradient buffers and rotary tables are allocated on the current device.
         stack.enter_context(_replaced(torch.cuda, "current_device", lambda: _CPU))
-        # The checkpoint writer synchronizes the device before it copies.
+        # A pipeline moves the copy of tied embeddings to the GPU.
+        stack.enter_context(_replaced(torch.Tensor, "cuda", lambda self, *_, **__: self))
+        # The checkpoint writer synchronizes the device before it copies, and a pipeline after it sends.
         stack.enter_context(_replaced(torch.cuda, "synchronize", lambda *_, **__: None))
         # Experts copy their token counts on a stream of their own; a CPU has none to wait for.
         stack.enter_context(_replaced(torch.cuda, "Stream", _NoStream))

@@ -50,7 +50,11 @@ class Critic:
             has_own = given is not None and (given != ckpt.critic_save or _holds_weights(given))
             self._weights.load(given if has_own and given is not None else warm_start)
         self.learner = Learner(
-            self.model, critic_optimizer(self._config), self._parallel, total_steps=self._total_steps
+            self.model,
+            critic_optimizer(self._config),
+            self._config.perf,
+            self._parallel,
+            total_steps=self._total_steps,
         )
         self._passes = ValuePasses(self.learner.ddp, self._parallel)
 

@@ -22,7 +22,12 @@ from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -35,16 +40,20 @@ from torch import Tensor
 
 from miles.config.groups import Config, ModelArgs
 from miles.config.layer_pattern import expanded, linear_layers, listed
+from miles.config.parallel import ParallelSizes
 from miles.errors import ConfigError, HookError
 
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
 from .latent import latent_attention_spec
 from .layers import GatedMLP, LayerNorm, PackedLayer, PostNormLayer, RMSNorm, ZeroCentredRMSNorm
 from .moe import Router, moe_fields, moe_spec
-from .parallel import Parallel, ParallelSizes
+from .parallel import Parallel
 from .rope import inverse_frequencies, yarn_mscale
 
 M = TypeVar("M", bound=GPTModel)
+
+#: Megatron's modules whose weight is cut over tensor-parallel ranks, and the dimension.
+_CUT_ALONG = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
 
 
 def params_dtype(device: torch.device) -> torch.dtype:
@@ -81,7 +90,8 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         rotary_interleaved=bool(model.rotary_interleaved) and not latent,
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=bool(model.add_qkv_bias),
-        **moe_fields(model, _layers_of_experts(config), with_engine=engine),
+        # Shapes that vary are refused with megatron's default dispatcher, also where there are no experts.
+        **{"moe_token_dispatcher_type": "alltoall"} | moe_fields(model, _layers_of_experts(config), with_engine=engine),
         window_size=model.window_size,
         window_attn_skip_freq=None if model.window_attn_skip_freq is None else listed(model.window_attn_skip_freq),
         hidden_dropout=0.0,
@@ -95,8 +105,12 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         calculate_per_token_loss=True,
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual if sizes.virtual > 1 else None,
+        num_layers_in_first_pipeline_stage=config.perf.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=config.perf.decoder_last_pipeline_num_layers,
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
         sequence_parallel=sizes.sequence_parallel,
         deterministic_mode=config.cluster.deterministic_mode,
         # The fused kernels come with Transformer Engine or Apex.
@@ -106,7 +120,10 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         apply_rope_fusion=engine,
         bias_activation_fusion=on_gpu and bool(model.swiglu),
         bias_dropout_fusion=on_gpu,
-        batch_p2p_comm=on_gpu,
+        # Stages tell each other the shape of what they send: packed micro-batches differ in tokens.
+        variable_seq_lengths=sizes.pipeline > 1,
+        batch_p2p_comm=on_gpu and sizes.virtual == 1,
+        overlap_p2p_comm=on_gpu and sizes.virtual > 1,
     )
     # Megatron has no place for these: what scaled rotary embeddings multiply cos and sin by, and, of latent attention, its
     # frequencies, which of its dimensions turn together, and what its softmax's scale is multiplied by.
@@ -156,6 +173,8 @@ def uses_transformer_engine(config: Config, device: torch.device) -> bool:
         device.type == "cuda"
         and config.perf.attention_backend in ("auto", "fused")
         and not _has_parts_of_ours(config)
+        # Sequences that ranks share are packed for our attention.
+        and config.perf.context_parallel_size == 1
         and importlib.util.find_spec("transformer_engine") is not None
     )
 
@@ -187,12 +206,15 @@ def shares_prompts(config: Config, device: torch.device) -> bool:
     )
 
 
-def layer_spec(config: Config, transformer: TransformerConfig, device: torch.device) -> Any:
-    """The spec of all layers: what --spec names, else Transformer Engine's, else ours."""
+def layer_spec(config: Config, transformer: TransformerConfig, device: torch.device, stage: int | None = None) -> Any:
+    """The spec of all layers: what --spec names, else Transformer Engine's, else ours.
+
+    `stage`: which piece of this rank's model it is for, where there are several.
+    """
     if config.model.spec is not None:
-        return _custom_spec(config, transformer)
+        return _custom_spec(config, transformer, stage)
     if uses_transformer_engine(config, device):
-        block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True)
+        block = get_gpt_decoder_block_spec(transformer, use_transformer_engine=True, vp_stage=stage)
         for layer in block.layer_specs:
             if isinstance(layer.submodules.mlp.submodules, MoESubmodules):
                 layer.submodules.mlp.submodules.router = Router
@@ -206,8 +228,8 @@ def layer_spec(config: Config, transformer: TransformerConfig, device: torch.dev
         }
         for kind in kinds:
             kind.module, kind.params = PostNormLayer, after
-    first = get_transformer_layer_offset(transformer)
-    mine = range(first, first + get_num_layers_to_build(transformer))
+    first = get_transformer_layer_offset(transformer, stage)
+    mine = range(first, first + get_num_layers_to_build(transformer, vp_stage=stage))
     layers = [kinds[experts] for experts in _layers_of_experts(config)[mine.start : mine.stop]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(transformer))
 
@@ -301,35 +323,54 @@ class ScalarModel(GPTModel):
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
 
-def build_model(config: Config, parallel: Parallel) -> PolicyModel:
-    """This rank's part of the policy on its device, parameters uninitialized."""
+def build_model(config: Config, parallel: Parallel) -> list[PolicyModel]:
+    """This rank's part of the policy on its device, parameters uninitialized: one piece, or several where the pipeline is
+    interleaved, in the order of their layers."""
     return _build(PolicyModel, config, parallel)
 
 
-def build_scalar_model(config: Config, parallel: Parallel) -> ScalarModel:
+def build_scalar_model(config: Config, parallel: Parallel) -> list[ScalarModel]:
     """The same with a head of one number, which is 0; the other parameters uninitialized."""
     return _build(ScalarModel, config, parallel)
 
 
-def _build(kind: type[M], config: Config, parallel: Parallel) -> M:
-    model = config.model
-    transformer = transformer_config(config, parallel.sizes, parallel.device)
-    built = kind(
-        transformer,
-        layer_spec(config, transformer, parallel.device),
-        vocab_size=padded_vocab_size(config, parallel.sizes),
-        max_sequence_length=_set(model.max_position_embeddings),
-        position_embedding_type="rope" if model.use_rotary_position_embeddings else "learned_absolute",
-        rotary_base=model.rotary_base or 10000,
-        rotary_percent=model.rotary_percent if model.rotary_percent is not None else 1.0,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        pre_process=parallel.groups.pp.rank() == 0,
-        post_process=parallel.is_last_stage,
-        pg_collection=parallel.groups,
-    ).to(parallel.device)
-    if model.use_rotary_position_embeddings and not model.multi_latent_attention:
-        built.rotary_pos_emb.inv_freq = _frequencies(config)[0].to(parallel.device)
-    return built
+def _build(kind: type[M], config: Config, parallel: Parallel) -> list[M]:
+    model, sizes, device = config.model, parallel.sizes, parallel.device
+    transformer = transformer_config(config, sizes, device)
+    pieces = [
+        kind(
+            transformer,
+            layer_spec(config, transformer, device, stage if sizes.virtual > 1 else None),
+            vocab_size=padded_vocab_size(config, sizes),
+            max_sequence_length=_set(model.max_position_embeddings),
+            position_embedding_type="rope" if model.use_rotary_position_embeddings else "learned_absolute",
+            rotary_base=model.rotary_base or 10000,
+            rotary_percent=model.rotary_percent if model.rotary_percent is not None else 1.0,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            pre_process=parallel.groups.pp.rank() == 0 and stage == 0,
+            post_process=parallel.is_last_stage and stage == sizes.virtual - 1,
+            pg_collection=parallel.groups,
+            vp_stage=stage if sizes.virtual > 1 else None,
+        ).to(device)
+        for stage in range(sizes.virtual)
+    ]
+    for piece in pieces:
+        _mark_shards(piece)
+        if model.use_rotary_position_embeddings and not model.multi_latent_attention:
+            piece.rotary_pos_emb.inv_freq = _frequencies(config)[0].to(device)
+    return pieces
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Megatron marks what is cut over tensor-parallel ranks where it initializes a weight, which it does not do here.
+
+    By the mark gradient norms count every shard, and once what all ranks have.
+    """
+    for module in model.modules():
+        dim = next((dim for kind, dim in _CUT_ALONG.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def padded_vocab_size(config: Config, sizes: ParallelSizes) -> int:
@@ -345,7 +386,7 @@ def norm_class(transformer: TransformerConfig) -> type[torch.nn.Module]:
     return ZeroCentredRMSNorm if transformer.layernorm_zero_centered_gamma else RMSNorm
 
 
-def _custom_spec(config: Config, transformer: TransformerConfig) -> Any:
+def _custom_spec(config: Config, transformer: TransformerConfig, stage: int | None) -> Any:
     """What `--spec MODULE NAME` holds: a spec, or a function of any of `args`, `config` and `vp_stage` that returns one."""
     from miles.config import args_view
 
@@ -355,7 +396,7 @@ def _custom_spec(config: Config, transformer: TransformerConfig) -> Any:
     offered: dict[str, Callable[[], Any]] = {
         "args": lambda: args_view(config),
         "config": lambda: transformer,
-        "vp_stage": lambda: None,
+        "vp_stage": lambda: stage,
     }
     wanted = inspect.signature(spec).parameters
     return spec(**{name: offered[name]() for name in wanted if name in offered})

@@ -5,8 +5,9 @@ HF directory, Miles checkpoint --load--> megatron parameters --stream--> HF-name
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -25,15 +26,29 @@ from .parallel import Parallel
 
 _SCORE, _OUTPUT = "score.weight", "lm_head.weight"
 _EXPERT_BIAS = ".router.expert_bias"
+#: Of megatron; where they are tied, the last of several pipeline stages has a copy of the embedding as its output layer.
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+class _Held(NamedTuple):
+    """A parameter of some pipeline stage."""
+
+    name: str
+    layer_offset: int
+    """Layers that come before those of its piece of the model."""
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class ModelWeights:
     """Reads and streams one model's weights. Every rank calls each method."""
 
-    def __init__(self, model: GPTModel, names: NameMap, parallel: Parallel, *, tied: bool):
-        """tied: the checkpoint's output weight is its embedding, so one that it has beside that is not missed."""
-        self._model, self._names, self._parallel = model, names, parallel
-        self._is_scalar = isinstance(model, ScalarModel)
+    def __init__(self, model: Sequence[GPTModel], names: NameMap, parallel: Parallel, *, tied: bool):
+        """model: this rank's pieces, in order. tied: the checkpoint's output weight is its embedding, so one that it has
+        beside that is not missed."""
+        self._model, self._names, self._parallel, self._tied = model, names, parallel, tied
+        self._stages: list[list[list[_Held]]] | None = None
+        self._is_scalar = isinstance(model[0], ScalarModel)
         self._unused = {_OUTPUT} if tied or self._is_scalar else set()
 
     def load(self, path: str | Path) -> None:
@@ -57,11 +72,15 @@ class ModelWeights:
 
         In the model's dtype and on its device. A tensor may be the model's own memory: copy it before the next step.
         """
+        if self._stages is None:
+            own = [
+                [_Held(n, self._offset(part), t.shape, t.dtype) for n, t in self._sent(part)] for part in self._model
+            ]
+            self._stages = self._parallel.from_all_stages(own)
         # HF name -> pieces of experts, of a tensor that holds all of them.
         stacks: dict[str, dict[int, Tensor]] = {}
-        for name, tensor in self._tensors():
-            match = self._match(name)
-            shards = self._parallel.gather_tensor_shards(tensor.detach(), of_expert=match.expert is not None)
+        for match, tensor in self._matched(self._stages):
+            shards = self._parallel.gather_tensor_shards(tensor, of_expert=match.expert is not None)
             parts = match.layout.split(shards, self._names.shape)
             if match.expert is None:
                 yield from zip(match.hf, parts, strict=True)
@@ -75,49 +94,69 @@ class ModelWeights:
                         continue
                     stack = stacks.setdefault(hf_name, {})
                     stack[expert] = piece
-                    if len(stack) == self._model.config.num_moe_experts:
+                    if len(stack) == self._num_experts:
                         yield hf_name, torch.stack([stack[number] for number in sorted(stack)])
                         del stacks[hf_name]
+
+    def _matched(self, stages: list[list[list[_Held]]]) -> Iterator[tuple[Match, Tensor]]:
+        """This rank's shard of each tensor of the whole model; those of other pipeline stages are on their way for a moment."""
+        rank = self._parallel.groups.pp.rank()
+        for number, part in enumerate(self._model):
+            own = dict(self._sent(part))
+            for stage, held in enumerate(pieces[number] for pieces in stages):
+                for name, offset, shape, dtype in held:
+                    if stage == rank:
+                        shard = own[name].detach()
+                    else:
+                        shard = torch.empty(shape, dtype=dtype, device=self._parallel.device)
+                    yield self._match(name, offset), self._parallel.tensor_from_stage(stage, shard)
+
+    def _sent(self, part: GPTModel) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that are no copy of another's."""
+        return ((name, tensor) for name, tensor in _tensors(part) if not (self._tied and name == _HEAD))
 
     @torch.no_grad()
     def _load_hf(self, path: str | Path) -> None:
         reader = HfReader(path)
-        groups = self._parallel.groups
-        for name, param in self._tensors():
-            if self._is_scalar and name == _SCORE and _SCORE not in reader:
-                self._reset_head()
-                continue
-            match = self._match(name)
-            tp = groups.tp if match.expert is None else groups.expt_tp
-            parts = [reader[hf_name] for hf_name in match.hf]
-            if match.rule.stacked:
-                parts = [part[match.expert] for part in parts]
-            shard = match.layout.merge(parts, self._names.shape, tp.rank(), tp.size())
-            if shard.shape != param.shape:
-                raise CheckpointError(
-                    f"HF checkpoint {path}, got {' + '.join(match.hf)} of shape {[tuple(p.shape) for p in parts]}: the model "
-                    f"takes {tuple(param.shape)} for {name}; check the MODEL flags"
-                )
-            param.copy_(shard)
-        beyond = _prediction_layers(path, self._model.config.num_layers)
+        for part in self._model:
+            for name, param in _tensors(part):
+                if self._is_scalar and name == _SCORE and _SCORE not in reader:
+                    self._reset_head()
+                    continue
+                match = self._match(_EMBEDDING if self._tied and name == _HEAD else name, self._offset(part))
+                param.copy_(self._shard(reader, match, name, param.shape))
+        unread = set.intersection(*self._parallel.from_all_stages(reader.unread))
+        beyond = _prediction_layers(path, self._model[0].config.num_layers)
         unknown = sorted(
-            n
-            for n in reader.unread - self._unused
-            if not n.endswith("rotary_emb.inv_freq") and not n.startswith(beyond)
+            n for n in unread - self._unused if not n.endswith("rotary_emb.inv_freq") and not n.startswith(beyond)
         )
-        if unknown and self._parallel.sizes.pipeline == 1:
+        if unknown:
             raise CheckpointError(
                 f"HF checkpoint {path}, got {len(unknown)} tensors that the model has no place for, such as {unknown[0]}: "
                 "they would be lost; check the MODEL flags and --model-name"
             )
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters, and what else of the model a checkpoint holds: the biases by which routers choose experts."""
-        yield from self._model.named_parameters()
-        yield from ((name, buffer) for name, buffer in self._model.named_buffers() if name.endswith(_EXPERT_BIAS))
+    def _shard(self, reader: HfReader, match: Match, name: str, wanted: torch.Size) -> Tensor:
+        """This rank's part of what the reader has for the weight `name`. Raises CheckpointError where it does not fit."""
+        groups = self._parallel.groups
+        tp = groups.tp if match.expert is None else groups.expt_tp
+        parts = [reader[hf_name] for hf_name in match.hf]
+        if match.rule.stacked:
+            parts = [part[match.expert] for part in parts]
+        shard = match.layout.merge(parts, self._names.shape, tp.rank(), tp.size())
+        if shard.shape != wanted:
+            raise CheckpointError(
+                f"HF checkpoint {reader.path}, got {' + '.join(match.hf)} of shape {[tuple(p.shape) for p in parts]}: the model "
+                f"takes {tuple(wanted)} for {name}; check the MODEL flags"
+            )
+        return shard
 
-    def _match(self, name: str) -> Match:
-        return self._names.match(name, self._layer_offset, self._expert_rank * self._experts_per_rank)
+    def _match(self, name: str, layer_offset: int) -> Match:
+        return self._names.match(name, layer_offset, self._expert_rank * self._experts_per_rank)
+
+    @property
+    def _num_experts(self) -> int:
+        return self._model[0].config.num_moe_experts or 0
 
     @property
     def _expert_rank(self) -> int:
@@ -125,7 +164,7 @@ class ModelWeights:
 
     @property
     def _experts_per_rank(self) -> int:
-        return (self._model.config.num_moe_experts or 0) // int(self._parallel.groups.ep.size())
+        return self._num_experts // int(self._parallel.groups.ep.size())
 
     def _load_checkpoint(self, found: Path) -> None:
         without = frozenset[str]()
@@ -137,8 +176,8 @@ class ModelWeights:
         checkpoint.load_state(found, model=self._model, optimizer=None, parallel=self._parallel, without=without)
 
     def _reset_head(self) -> None:
-        assert isinstance(self._model, ScalarModel)
-        self._model.reset_head()
+        assert isinstance(self._model[-1], ScalarModel)
+        self._model[-1].reset_head()
 
     def _find(self, directory: str | Path) -> Path:
         """Verified by the main rank alone, whose verdict all ranks share: checksums are read once."""
@@ -152,9 +191,15 @@ class ModelWeights:
             raise verdict
         return verdict
 
-    @property
-    def _layer_offset(self) -> int:
-        return int(get_transformer_layer_offset(self._model.config))
+    @staticmethod
+    def _offset(part: GPTModel) -> int:
+        return int(get_transformer_layer_offset(part.config, part.vp_stage))
+
+
+def _tensors(part: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and what else of the model a checkpoint holds: the biases by which routers choose experts."""
+    yield from part.named_parameters()
+    yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith(_EXPERT_BIAS))
 
 
 def _prediction_layers(path: str | Path, num_layers: int) -> tuple[str, ...]:

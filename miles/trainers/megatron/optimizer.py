@@ -7,7 +7,7 @@ gradients (summed over ranks) -> norm -> finite? -> clip -> Adam or SGD -> sched
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
@@ -20,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from miles.config.groups import OptimizerArgs
+from miles.config.groups import OptimizerArgs, PerfArgs
 from miles.errors import ConfigError
 
 from . import cpu
@@ -85,7 +85,9 @@ def _use_group_step_adam() -> None:
         mcore_distributed.USING_APEX_OPTIMIZER = mcore_distributed.HAVE_APEX_OR_TE = True
 
 
-def build_optimizer(args: OptimizerArgs, model: DistributedDataParallel, dtype: torch.dtype) -> MegatronOptimizer:
+def build_optimizer(
+    args: OptimizerArgs, perf: PerfArgs, model: Sequence[DistributedDataParallel], dtype: torch.dtype
+) -> MegatronOptimizer:
     """Megatron's optimizer over the model's parameters, with fp32 masters for bf16 ones. 1-d parameters have no decay."""
     _use_group_step_adam()
     config = OptimizerConfig(
@@ -99,9 +101,11 @@ def build_optimizer(args: OptimizerArgs, model: DistributedDataParallel, dtype: 
         clip_grad=args.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
+        use_distributed_optimizer=perf.use_distributed_optimizer,
+        overlap_param_gather=perf.overlap_param_gather,
     )
     with cpu.cuda_means_cpu():
-        optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+        optimizer = get_megatron_optimizer(config, list(model), use_gloo_process_groups=False)
     for part in _parts(optimizer):
         if part.init_state_fn is None:
             part.init_state_fn = _zero_momentum

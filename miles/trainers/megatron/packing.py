@@ -23,6 +23,10 @@ from miles.errors import DataError
 from miles.types import TrainBatch
 
 from .attention import PackedSequences
+from .context import TokenSplit
+
+#: All tokens of a micro-batch on one rank.
+WHOLE = TokenSplit()
 
 #: Rows with a common prompt share it up to this length in tokens, since attention then needs a mask of that size squared,
 _SHARED_LENGTH = 2048
@@ -35,10 +39,11 @@ class MicroBatch:
     """One forward and backward pass. Without rows it holds one token that predicts nothing, and R is 0."""
 
     tokens: Tensor
-    """[1, T] int64"""
+    """[1, T] int64; where context-parallel ranks share the sequences, this rank's."""
     sequences: PackedSequences
     predictors: Tensor
-    """[R] the input token whose logits predict each response token. A shared prompt's last one predicts several."""
+    """[R] the input token whose logits predict each response token, or, of `own` ones, [len(own)]. A shared prompt's last
+    one predicts several."""
     targets: Tensor
     """[R] int64 response tokens."""
     temperatures: Tensor
@@ -64,10 +69,16 @@ class MicroBatch:
     """What the rows say of each other, in a preference job."""
     own_answer: Tensor | None = None
     """[B] bool, of rows that the policy answered itself."""
+    own: Tensor | None = None
+    """Which response tokens are predicted by inputs of this rank; None: all."""
     channel: Tensor | None = None
     """[B] int64"""
     channels: tuple[str, ...] = ()
     """Names of channels, by number."""
+
+    def own_of(self, values: Tensor) -> Tensor:
+        """Of `values` [R] those of the response tokens that this rank predicts."""
+        return values if self.own is None else values.index_select(0, self.own)
 
 
 @dataclass(frozen=True)
@@ -83,10 +94,13 @@ class Preferences:
     """[P] fp32, of a reward model."""
 
 
-def pack(batch: TrainBatch, device: torch.device, *, share_prompts: bool) -> list[list[MicroBatch]]:
+def pack(
+    batch: TrainBatch, device: torch.device, *, share_prompts: bool, split: TokenSplit = WHOLE
+) -> list[list[MicroBatch]]:
     """Micro-batches of each optimizer step. Raises DataError where a response has no token before it.
 
-    share_prompts: pack a prompt of several rows once; attention has to understand it (see `attention`).
+    share_prompts: pack a prompt of several rows once; attention has to understand it (see `attention`). split: the part of
+    the tokens that is this rank's; prompts are not shared where sequences are.
     """
     totals, responses = batch.rows["total_lengths"], batch.rows["response_lengths"]
     bad = np.flatnonzero((responses >= totals) | (totals < 1))
@@ -96,7 +110,8 @@ def pack(batch: TrainBatch, device: torch.device, *, share_prompts: bool) -> lis
             f"sample {int(batch.rows['sample_index'][row])}, got {totals[row]} tokens of which {responses[row]} are the "
             "response: its first token has nothing to be predicted from; give every prompt at least one token"
         )
-    return [[_pack_rows(batch, rows, device, share_prompts) for rows in step] for step in batch.steps]
+    share_prompts = share_prompts and split.size == 1
+    return [[_pack_rows(batch, rows, device, share_prompts, split) for rows in step] for step in batch.steps]
 
 
 def with_last_inputs(batch: TrainBatch) -> TrainBatch:
@@ -109,7 +124,9 @@ def with_last_inputs(batch: TrainBatch) -> TrainBatch:
     return dataclasses.replace(batch, rows=batch.rows | lengths, ragged=ragged)
 
 
-def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_prompts: bool) -> MicroBatch:
+def _pack_rows(
+    batch: TrainBatch, rows: np.ndarray, device: torch.device, share_prompts: bool, split: TokenSplit
+) -> MicroBatch:
     columns, ragged = batch.rows, batch.ragged
     layout = _layout(batch, rows, share_prompts)
     rows = layout.rows
@@ -132,16 +149,28 @@ def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_
         return weights if "loss_scale" not in ragged else weights * ragged["loss_scale"][slots]
 
     tokens = ragged["tokens"][layout.inputs] if len(rows) else np.zeros(1)
-    rollout = ragged.get("rollout_log_probs")
-    return MicroBatch(
-        tokens=put(tokens, np.int64)[None],
-        sequences=PackedSequences.of(
-            layout.whole if len(rows) else [1],
+    whole = layout.whole if len(rows) else np.ones(1, dtype=np.int64)
+    own = None
+    if split.size == 1:
+        padding = split.missing(len(tokens))
+        tokens = np.append(tokens, np.zeros(padding))
+        sequences = PackedSequences.of(
+            whole,
             device,
             prefixes=layout.prefixes,
             branches=layout.branches,
             prefix_of=layout.prefix_of,
-        ),
+            padding=padding,
+        )
+    else:
+        part = _part_of(split, whole, tokens, predictors)
+        tokens, predictors = part.tokens, part.predictors
+        own = torch.from_numpy(part.own).to(device)
+        sequences = PackedSequences.split(part.lengths, device, split.rank, split.size)
+    rollout = ragged.get("rollout_log_probs")
+    return MicroBatch(
+        tokens=put(tokens, np.int64)[None],
+        sequences=sequences,
         predictors=put(predictors, np.int64),
         targets=put(ragged["tokens"][_ranges(token_starts + totals - responses, responses)], np.int64),
         temperatures=put(per_token("temperature")),
@@ -156,9 +185,40 @@ def _pack_rows(batch: TrainBatch, rows: np.ndarray, device: torch.device, share_
         slots=put(slots, np.int64),
         preferences=_preferences(columns, rows, device),
         own_answer=None if "own_answer" not in columns else put(columns["own_answer"][rows], np.bool_),
+        own=own,
         channel=None if "channel" not in columns else put(columns["channel"][rows], np.int64),
         channels=batch.metadata.get("channels", ()),
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one of several ranks has of packed sequences."""
+
+    tokens: np.ndarray
+    """[T] of this rank."""
+    lengths: np.ndarray
+    """[S] of the sequences, padded."""
+    own: np.ndarray
+    """The response tokens whose predictors are here,"""
+    predictors: np.ndarray
+    """and those, as numbers into `tokens`."""
+
+
+def _part_of(split: TokenSplit, lengths: np.ndarray, tokens: np.ndarray, predictors: np.ndarray) -> _Part:
+    padded = split.padded(lengths)
+    if missing := split.missing(int(padded.sum()) // split.size):
+        # A sequence of nothing: the multiple is one of tokens on each rank.
+        padded, lengths = np.append(padded, missing * split.size), np.append(lengths, 0)
+    place = _ranges(_starts(padded), lengths)
+    axis = np.zeros(int(padded.sum()), dtype=np.int64)
+    axis[place] = tokens
+    mine = split.own(padded)
+    local = np.full(len(axis), -1)
+    local[mine] = np.arange(len(mine))
+    found = local[place[predictors]]
+    own = np.flatnonzero(found >= 0)
+    return _Part(axis[mine], padded, own, found[own])
 
 
 def _preferences(columns: dict[str, np.ndarray], rows: np.ndarray, device: torch.device) -> Preferences | None:

@@ -11,30 +11,19 @@ import datetime
 import ipaddress
 import os
 import socket
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from miles.config.parallel import ParallelSizes
+
+from .context import TokenSplit
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ParallelSizes:
-    """How many ranks share one model replica, by dimension. Data parallelism is what the world size leaves."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-    sequence_parallel: bool = False
-
-    @property
-    def ranks_per_replica(self) -> int:
-        return self.tensor * self.pipeline * self.context
 
 
 class Parallel:
@@ -57,10 +46,7 @@ class Parallel:
         `master_port` 0 lets a world of one take any free port. Raises ValueError where the world does not divide into replicas.
         """
         self.sizes = sizes or ParallelSizes()
-        if world_size % self.sizes.ranks_per_replica:
-            raise ValueError(
-                f"world size, got {world_size}: {self.sizes} needs a multiple of {self.sizes.ranks_per_replica} ranks"
-            )
+        data_rank = self.sizes.data_rank(rank, world_size)
         self.rank, self.world_size = rank, world_size
         self.device = _device(local_rank)
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -75,13 +61,16 @@ class Parallel:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=self.sizes.tensor,
             pipeline_model_parallel_size=self.sizes.pipeline,
+            virtual_pipeline_model_parallel_size=self.sizes.virtual if self.sizes.virtual > 1 else None,
             context_parallel_size=self.sizes.context,
             expert_model_parallel_size=self.sizes.expert,
+            expert_tensor_parallel_size=self.sizes.expert_tensor,
             distributed_timeout_minutes=timeout_s / 60,  # fractions, too: megatron makes a timedelta of it
             # A second set of gloo groups serves only the distributed optimizer's CPU gathers.
             create_gloo_process_groups=False,
         )
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        assert self.data_rank == data_rank, "the driver hands out shards by the same arithmetic"
 
     @property
     def is_main(self) -> bool:
@@ -97,29 +86,73 @@ class Parallel:
         return int(self.groups.dp.size())
 
     @property
+    def token_split(self) -> TokenSplit:
+        """This rank's part in the tokens of a micro-batch."""
+        cp = self.groups.cp
+        return TokenSplit(cp.rank(), cp.size(), self.sizes.tensor if self.sizes.sequence_parallel else 1)
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the output layer, hence the loss."""
-        return bool(mpu.is_pipeline_last_stage())
+        return bool(self.groups.pp.rank() == self.groups.pp.size() - 1)
 
-    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over everything that the split of tokens spread: data-parallel and context-parallel ranks. In place."""
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum over the data-parallel replicas, whose rows differ. In place.
+
+        Ranks of one replica hold the same rows, also those that share a sequence: scores of tokens are put together
+        (`sum_over_context`) before anything is made of them.
+        """
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def max_over_data(self, values: torch.Tensor) -> torch.Tensor:
+    def max_over_data(self, values: Tensor) -> Tensor:
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
-        if self.groups.dp_cp.size() > 1:
-            dist.all_reduce(values, op=op, group=self.groups.dp_cp)
-        if self.groups.pp.size() > 1:
-            dist.broadcast(values, src=mpu.get_pipeline_model_parallel_last_rank(), group=self.groups.pp)
+    def _reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.groups.dp.size() > 1:
+            dist.all_reduce(values, op=op, group=self.groups.dp)
         return values
 
-    def gather_tensor_shards(self, shard: torch.Tensor, *, of_expert: bool = False) -> list[torch.Tensor]:
+    def sum_over_context(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that share each sequence. In place."""
+        if self.groups.cp.size() > 1:
+            dist.all_reduce(values, group=self.groups.cp)
+        return values
+
+    def tensor_from_last_stage(self, values: Tensor) -> Tensor:
+        """`values` of the last pipeline stage, on every stage. In place; the shape is the same on all."""
+        return self.tensor_from_stage(self.groups.pp.size() - 1, values)
+
+    def tensor_from_stage(self, stage: int, values: Tensor) -> Tensor:
+        """The same, of any stage."""
+        if self.groups.pp.size() > 1:
+            dist.broadcast(values, src=self._stage_rank(stage), group=self.groups.pp)
+        return values
+
+    def from_last_stage(self, value: T) -> T:
+        """A small value of the last pipeline stage, on every stage."""
+        if self.groups.pp.size() == 1:
+            return value
+        box = [value]
+        src = self._stage_rank(self.groups.pp.size() - 1)
+        dist.broadcast_object_list(box, src=src, group=self.groups.pp, device=self.device)
+        return box[0]
+
+    def from_all_stages(self, value: T) -> list[T]:
+        """The small values of all pipeline stages, in order."""
+        if self.groups.pp.size() == 1:
+            return [value]
+        found: list[T | None] = [None] * self.groups.pp.size()
+        dist.all_gather_object(found, value, group=self.groups.pp)
+        return found  # type: ignore[return-value]
+
+    def _stage_rank(self, stage: int) -> int:
+        return dist.get_global_rank(self.groups.pp, stage)
+
+    def gather_tensor_shards(self, shard: Tensor, *, of_expert: bool = False) -> list[Tensor]:
         """The shards of a tensor-parallel weight, or of an expert's, on all ranks of the group, in rank order."""
         return _gathered(shard, self.groups.expt_tp if of_expert else self.groups.tp)
 
-    def gather_expert_shards(self, weight: torch.Tensor) -> list[torch.Tensor]:
+    def gather_expert_shards(self, weight: Tensor) -> list[Tensor]:
         """What the ranks that share the experts have in the place of this rank's `weight`, in rank order."""
         return _gathered(weight, self.groups.ep)
 

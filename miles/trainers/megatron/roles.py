@@ -5,7 +5,7 @@ Both sleep in host memory. On a CPU the two exchange places without a copy; on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 class ReferenceWeights:
     """The frozen reference, awake inside `awake()`. Made while the model holds the reference's weights."""
 
-    def __init__(self, model: torch.nn.Module):
-        self._params = list(model.parameters())
+    def __init__(self, model: Iterable[torch.nn.Module]):
+        self._params = [param for part in model for param in part.parameters()]
         self._reference = [_host_copy(p) for p in self._params]
         # The actor's place to sleep; on a CPU its own memory is that place.
         self._actor = [_host_copy(p) for p in self._params if p.is_cuda]

@@ -19,6 +19,7 @@ from miles.algo import Metric, critic_loss, merge_metrics
 from miles.trainers.losses import Loss
 from miles.types import LossInputs, LossOutputs
 
+from .context import whole
 from .logprobs import TokenScores
 from .model import ScalarModel
 from .packing import MicroBatch
@@ -29,7 +30,7 @@ from .step import run_micro_batches
 class ValuePasses:
     """Runs micro-batches through a critic. Every rank calls the same method with equally many micro-batches."""
 
-    def __init__(self, model: DistributedDataParallel, parallel: Parallel):
+    def __init__(self, model: Sequence[DistributedDataParallel], parallel: Parallel):
         self._model, self._parallel = model, parallel
 
     @torch.no_grad()
@@ -38,10 +39,15 @@ class ValuePasses:
         found = torch.zeros(num_tokens, device=self._parallel.device)
 
         def collect(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> None:
-            found[batch.slots] = head_values(self._model.module, self._parallel, hidden, batch.predictors)
+            found[batch.slots] = self._values(batch, hidden)
 
-        run_micro_batches(self._model, micro_batches, collect, forward_only=True)
-        return found
+        run_micro_batches(self._model, self._parallel, micro_batches, collect, forward_only=True)
+        return self._parallel.tensor_from_last_stage(found)
+
+    def _values(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        """[R]"""
+        own = head_values(self._model[-1].module, self._parallel, hidden, batch.predictors)
+        return whole(own, batch.own, len(batch.targets), self._parallel.groups.cp)
 
     def loss_and_gradients(
         self, micro_batches: Sequence[MicroBatch], old_values: Tensor, returns: Tensor, *, clip: float | None
@@ -53,7 +59,7 @@ class ValuePasses:
 
         def loss(batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
             outputs = critic_loss(
-                head_values(self._model.module, self._parallel, hidden, batch.predictors),
+                self._values(batch, hidden),
                 old_values[batch.slots],
                 returns[batch.slots],
                 batch.loss_mask,
@@ -64,14 +70,14 @@ class ValuePasses:
             return outputs.loss, torch.zeros((), dtype=torch.int), outputs.metrics
 
         return functools.reduce(
-            merge_metrics, run_micro_batches(self._model, micro_batches, loss, forward_only=False), {}
+            merge_metrics, run_micro_batches(self._model, self._parallel, micro_batches, loss, forward_only=False), {}
         )
 
 
 class ScorePasses:
     """Runs micro-batches through a reward model, as `Passes` runs them through a policy. Their rows have `with_last_inputs`."""
 
-    def __init__(self, model: DistributedDataParallel, parallel: Parallel, loss: Loss):
+    def __init__(self, model: Sequence[DistributedDataParallel], parallel: Parallel, loss: Loss):
         self._model, self._parallel, self._loss = model, parallel, loss
         self.seen: Tensor | None = None
         """Set by the trainer and never filled: there are no log-probs."""
@@ -88,7 +94,7 @@ class ScorePasses:
             return outputs.loss, torch.zeros((), dtype=torch.int), outputs.metrics
 
         return functools.reduce(
-            merge_metrics, run_micro_batches(self._model, micro_batches, loss, forward_only=False), {}
+            merge_metrics, run_micro_batches(self._model, self._parallel, micro_batches, loss, forward_only=False), {}
         )
 
     @torch.no_grad()
@@ -99,7 +105,7 @@ class ScorePasses:
             return self._outputs(batch, hidden).metrics
 
         return functools.reduce(
-            merge_metrics, run_micro_batches(self._model, micro_batches, loss, forward_only=True), {}
+            merge_metrics, run_micro_batches(self._model, self._parallel, micro_batches, loss, forward_only=True), {}
         )
 
     def _outputs(self, batch: MicroBatch, hidden: Tensor) -> LossOutputs:
@@ -107,6 +113,7 @@ class ScorePasses:
         assert preferences is not None, "a reward model is trained on pairs"
         ends = torch.bincount(batch.row, minlength=batch.num_rows).cumsum(0) - 1
         none = torch.zeros_like(batch.token_weights)
+        values = head_values(self._model[-1].module, self._parallel, hidden, batch.predictors)
         inputs = LossInputs(
             log_probs=none,
             old_log_probs=none,
@@ -115,7 +122,7 @@ class ScorePasses:
             token_weight=batch.token_weights,
             row=batch.row,
             num_rows=batch.num_rows,
-            scores=head_values(self._model.module, self._parallel, hidden, batch.predictors.index_select(0, ends)),
+            scores=whole(values, batch.own, len(batch.targets), self._parallel.groups.cp).index_select(0, ends),
             row_weight=batch.row_weights,
             chosen_rows=preferences.chosen_rows,
             rejected_rows=preferences.rejected_rows,

@@ -24,11 +24,13 @@ from miles.trainers.losses import Loss
 from miles.types import LossInputs, LossOutputs
 
 from . import cpu
+from .context import whole
 from .logprobs import TokenScores, Vocabulary, is_first_choice, token_scores
 from .model import PolicyModel
 from .moe import set_step_tokens
 from .packing import MicroBatch
 from .parallel import Parallel
+from .pipeline import StageLinks
 from .teacher import Teacher
 from .whole_step import WholeStep, baseline_of, coupled_outputs, slopes_of
 
@@ -64,7 +66,7 @@ class Passes:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        model: Sequence[DistributedDataParallel],
         parallel: Parallel,
         *,
         vocab_size: int,
@@ -74,7 +76,7 @@ class Passes:
         use_rollout_logprobs: bool,
     ):
         self._model, self._parallel = model, parallel
-        self._policy: PolicyModel = model.module
+        self._policy: PolicyModel = model[-1].module
         self._chunk_tokens, self._loss, self._teacher = chunk_tokens, loss, teacher
         self._use_rollout_logprobs = use_rollout_logprobs
         self._vocabulary = self._my_vocabulary(vocab_size)
@@ -83,12 +85,12 @@ class Passes:
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch], num_tokens: int) -> TokenScores:
-        """Log-probs and entropies of all response tokens, in the batch's order: [num_tokens] each.
+        """Log-probs and entropies of all response tokens, in the batch's order: [num_tokens] each, on every rank of the replica.
 
-        Zeros where no micro-batch has the token, and on all but the last pipeline stage.
+        Zeros where no micro-batch has the token.
         """
         device = self._parallel.device
-        found = TokenScores(torch.zeros(num_tokens, device=device), torch.zeros(num_tokens, device=device))
+        found = TokenScores(*torch.zeros(2, num_tokens, device=device))
 
         def collect(batch: MicroBatch, hidden: Tensor, *, non_loss_data: bool) -> None:
             scores = self._scores(batch, hidden)
@@ -96,7 +98,7 @@ class Passes:
             found.entropies[batch.slots] = scores.entropies
 
         self._run(micro_batches, collect, forward_only=True)
-        return found
+        return TokenScores(*self._parallel.tensor_from_last_stage(torch.stack(found)))
 
     def _before_step(
         self, micro_batches: Sequence[MicroBatch], known: KnownLogProbs, mismatched: Mismatched | None
@@ -104,10 +106,14 @@ class Passes:
         """What the loss needs to know of the whole optimizer step; `mismatched` where it has a baseline."""
         if self._loss.coupled is not None:
             pairs = self._of_inputs(micro_batches, known, self._loss.coupled.pairs)
+            if not self._parallel.is_last_stage:
+                return WholeStep()
             return slopes_of(self._loss.coupled, micro_batches, pairs, self._parallel)
         if self._loss.baseline_rows is not None:
             assert mismatched is not None, "the batch of a loss with a baseline has them"
             rows = self._of_inputs(mismatched.micro_batches, mismatched.known, self._loss.baseline_rows)
+            if not self._parallel.is_last_stage:
+                return WholeStep()
             return baseline_of(rows, self._parallel)
         return WholeStep()
 
@@ -164,7 +170,7 @@ class Passes:
         return functools.reduce(merge_metrics, self._run(micro_batches, loss, forward_only=True), {})
 
     def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
-        return run_micro_batches(self._model, micro_batches, finish, forward_only=forward_only)
+        return run_micro_batches(self._model, self._parallel, micro_batches, finish, forward_only=forward_only)
 
     def _outputs(
         self, batch: MicroBatch, hidden: Tensor, known: KnownLogProbs, step: WholeStep
@@ -180,14 +186,19 @@ class Passes:
 
     def _scores(self, batch: MicroBatch, hidden: Tensor) -> TokenScores:
         """hidden [T, 1, H] (or this rank's piece of T, with sequence parallelism) -> scores [R]."""
-        return token_scores(
+        scores = token_scores(
             self._predicting(batch, hidden),
             self._policy.head_weight,
-            batch.targets,
-            batch.temperatures,
+            batch.own_of(batch.targets),
+            batch.own_of(batch.temperatures),
             self._vocabulary,
             self._chunk_tokens,
         )
+        return TokenScores(*(self._whole(batch, each) for each in scores))
+
+    def _whole(self, batch: MicroBatch, own: Tensor) -> Tensor:
+        """[R] from those of the tokens that this rank predicts."""
+        return whole(own, batch.own, len(batch.targets), self._parallel.groups.cp)
 
     def _divergence(self, batch: MicroBatch, hidden: Tensor) -> Tensor | None:
         """[R] of the teacher's distributions and ours, with gradient; None where the loss does not want it."""
@@ -202,16 +213,17 @@ class Passes:
 
     def _is_first_choice(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
         """[R] bool: no token has a higher probability than the target. No gradient."""
-        return is_first_choice(
+        right = is_first_choice(
             self._predicting(batch, hidden),
             self._policy.head_weight,
-            batch.targets,
+            batch.own_of(batch.targets),
             self._vocabulary,
             self._chunk_tokens,
         )
+        return self._whole(batch, right.float()) > 0
 
     def _predicting(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
-        """[R, H]: the hidden states whose logits predict the response tokens."""
+        """[R, H], or of `batch.own`: the hidden states whose logits predict the response tokens."""
         tp = self._parallel.groups.tp
         if self._parallel.sizes.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=tp)
@@ -267,7 +279,8 @@ class Passes:
 
 
 def run_micro_batches(
-    model: DistributedDataParallel,
+    model: Sequence[DistributedDataParallel],
+    parallel: Parallel,
     micro_batches: Sequence[MicroBatch],
     finish: Callable[..., Any],
     *,
@@ -283,17 +296,24 @@ def run_micro_batches(
         hidden = model(batch.tokens, batch.sequences.positions[None], None, packed_seq_params=batch.sequences)
         return hidden, functools.partial(finish, batch)
 
+    # An interleaved pipeline takes each micro-batch once through every piece of the model.
+    iterators = [iter(micro_batches) for _ in model]
+    links: dict[str, Any] = {}
+    if parallel.sizes.pipeline > 1:
+        communicator = StageLinks(parallel.groups.pp, model[0].config)
+        links = {"p2p_communicator": communicator, "pg_collection": parallel.groups}
     with cpu.cuda_means_cpu():
         if not forward_only:
-            set_step_tokens(model.module.config, (batch.tokens.shape[1] for batch in micro_batches))
+            set_step_tokens(model[0].module.config, (batch.tokens.shape[1] for batch in micro_batches))
         stored: list[Any] = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(micro_batches),
-            model=model,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=list(model) if len(model) > 1 else model[0],
             num_microbatches=len(micro_batches),
             seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
+            **links,
         )
     return stored

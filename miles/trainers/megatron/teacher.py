@@ -52,9 +52,10 @@ class Teacher:
         assert path is not None, "checked at launch"
         own = teacher_config(config, path)
         with cpu.cuda_means_cpu():
-            self._model = build_model(own, parallel)
+            model = build_model(own, parallel)
         tied = not own.model.untie_embeddings_and_output_weights
-        ModelWeights(self._model, name_map(own, parallel), parallel, tied=tied).load(path)
+        ModelWeights(model, name_map(own, parallel), parallel, tied=tied).load(path)
+        [self._model] = model  # launch refuses pipelines
         self._model.requires_grad_(False)
         self._vocabulary = Vocabulary(rows=own.model.vocab_size)
         self._chunk_tokens, self._parallel = config.perf.log_probs_chunk_size, parallel

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from miles.algo import finish_metrics
 from miles.config.groups import Config
+from miles.config.parallel import parallel_sizes
 from miles.errors import CheckpointError, DataError, NonFiniteError
 from miles.observe.timers import Timers
 from miles.trainers import checkpoints
@@ -88,6 +89,7 @@ class MegatronTrainer:
             master_port=master_port,
             backend=backend,
             timeout_s=60 * config.cluster.distributed_timeout_minutes,
+            sizes=parallel_sizes(config),
         )
         try:
             rng.seed(config.cluster.seed)
@@ -155,7 +157,7 @@ class MegatronTrainer:
         config = self.config
         extra = config.grpo.num_critic_only_steps * (config.rollout.num_steps_per_rollout or 1)
         self._actor = Learner(
-            self._model, config.optimizer, self.parallel, total_steps=max(1, self._total_steps - extra)
+            self._model, config.optimizer, config.perf, self.parallel, total_steps=max(1, self._total_steps - extra)
         )
         self._passes: Passes | ScorePasses
         if self._loss.of_scores:
@@ -188,6 +190,7 @@ class MegatronTrainer:
                 for number, micro_batches in enumerate(steps):
                     with self._keeping_non_finite(batch, number, "critic's "):
                         per_step[number] |= self._critic.step(micro_batches, known.values, known.returns)
+            self._critic.learner.finish()
         self.traced = {}
         if batch.rollout_id >= self.config.grpo.num_critic_only_steps:
             self._train_actor(batch, steps, known, per_step)
@@ -221,6 +224,7 @@ class MegatronTrainer:
                 if number > 0 and self.config.grpo.use_rollout_logprobs:
                     made = {k: v for k, v in made.items() if k not in _MISMATCH}
                 per_step[number] |= made
+        self._actor.finish()
         if is_traced and first is not None:
             self.traced = traced_log_probs(first, batch)
 
@@ -238,7 +242,7 @@ class MegatronTrainer:
         """The micro-batches of each optimizer step."""
         if self._loss.of_scores:
             batch = with_last_inputs(batch)
-        return pack(batch, self.parallel.device, share_prompts=self._share_prompts)
+        return pack(batch, self.parallel.device, share_prompts=self._share_prompts, split=self.parallel.token_split)
 
     def _check(self, batch: TrainBatch) -> None:
         if not batch.steps or any(not step for step in batch.steps):
@@ -295,7 +299,9 @@ class MegatronTrainer:
         """Of each optimizer step, with the reference's log-probs where the loss has one."""
         if batch.mismatched is None:
             return [None] * len(batch.steps)
-        steps = pack(batch.mismatched, self.parallel.device, share_prompts=self._share_prompts)
+        steps = pack(
+            batch.mismatched, self.parallel.device, share_prompts=self._share_prompts, split=self.parallel.token_split
+        )
         known = KnownLogProbs(reference=self._reference_log_probs(batch.mismatched, steps))
         return [Mismatched(micro_batches, known) for micro_batches in steps]
 
@@ -357,7 +363,7 @@ class MegatronTrainer:
 
     def reference_log_probs(self, batch: TrainBatch) -> np.ndarray:
         """The reference's log-probs of the response tokens, in the batch's order; float32."""
-        steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts)
+        steps = pack(batch, self.parallel.device, share_prompts=self._share_prompts, split=self.parallel.token_split)
         found = self._reference_log_probs(batch, steps)
         assert found is not None, "checked at launch: the loss has a reference"
         self._timers.take()
@@ -371,7 +377,9 @@ class MegatronTrainer:
         """The actor's log-probs of each row's response tokens, at the row's temperature."""
         flat = [
             micro_batch
-            for step in pack(batch, self.parallel.device, share_prompts=self._share_prompts)
+            for step in pack(
+                batch, self.parallel.device, share_prompts=self._share_prompts, split=self.parallel.token_split
+            )
             for micro_batch in step
         ]
         num_tokens = int(batch.rows["response_lengths"].sum())

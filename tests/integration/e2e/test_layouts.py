@@ -1,4 +1,4 @@
-"""The same run on other layouts: two data-parallel ranks, two engines, colocated; and each half alone."""
+"""The same run on other layouts: two data-parallel ranks, two engines, one model on two ranks, colocated; each half alone."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def test_two_ranks_and_two_engines_train_as_one_of_each(task, tmp_path):
     two = train(
         flags(task, **common, actor_num_gpus_per_node=2, rollout_num_gpus=2, balance_data=True), tmp_path / "two"
     ).check()
+    sharing = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     colocated = train(
-        flags(task, **common, actor_num_gpus_per_node=2, colocate=True, micro_batch_size=3), tmp_path / "colocated"
+        flags(task, **common, **sharing, actor_num_gpus_per_node=2, colocate=True, micro_batch_size=3),
+        tmp_path / "colocated",
     ).check()
 
     assert [s["tokens"] for s in one.samples(0)] == [s["tokens"] for s in two.samples(0)], (

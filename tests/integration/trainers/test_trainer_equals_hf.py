@@ -223,7 +223,7 @@ def test_gradients_equal_hf(tmp_path: Path, kind: str, tied: bool, chunk: int) -
 
 
 def _hf_named_gradients(trainer: MegatronTrainer) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in trainer._model.named_parameters():
+    for name, parameter in trainer._model[0].named_parameters():
         match = trainer._names.match(name)
         yield from zip(match.hf, match.layout.split([parameter.main_grad], trainer._names.shape), strict=True)
 

@@ -152,7 +152,7 @@ _JOBS: dict[str, tuple[dict[str, Any], _Loss]] = {
 
 def _gradients(trainer: MegatronTrainer) -> dict[str, torch.Tensor]:
     found = {}
-    for name, parameter in trainer._model.named_parameters():
+    for name, parameter in trainer._model[0].named_parameters():
         match = trainer._names.match(name)
         found |= zip(match.hf, match.layout.split([parameter.main_grad], trainer._names.shape), strict=True)
     return {name: gradient.clone() for name, gradient in found.items()}

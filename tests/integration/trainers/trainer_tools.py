@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import pickle
 import socket
 import traceback
@@ -42,15 +43,16 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def make_hf(kind: str, *, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+def make_hf(kind: str, *, tied: bool = False, seed: int = 0, **other_sizes: Any) -> PreTrainedModel:
     """A tiny model with weights that are nowhere trivial: norms off 1, biases off 0."""
     torch.manual_seed(seed)
+    sizes = {**_SIZES, **other_sizes}
     if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=tied))
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16, tie_word_embeddings=tied))
     elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=tied))
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=tied, rope_theta=5000.0))
+        model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied, rope_theta=5000.0))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -204,19 +206,31 @@ def run_ranks(world_size: int, body: Callable[..., Any], *args: Any, limit_s: fl
         theirs.close()
         pipes.append(ours)
         processes.append(process)
+    results: dict[int, Any] = {}
     try:
-        results = []
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(limit_s):
-                raise TimeoutError(f"rank {rank} gave no result within {limit_s} s")
-            ok, value = pickle.loads(pipe.recv_bytes())
-            if not ok:
-                raise AssertionError(f"rank {rank} failed:\n{value}")
-            results.append(value)
-        return results
+        while len(results) < world_size:
+            # Whichever rank ends first: where one fails, the others wait for it.
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = multiprocessing.connection.wait(waiting, limit_s)
+            if not ready:
+                raise TimeoutError(
+                    f"ranks {sorted(set(range(world_size)) - set(results))} gave no result in {limit_s} s"
+                )
+            for pipe in ready:
+                assert isinstance(pipe, multiprocessing.connection.Connection)
+                rank = pipes.index(pipe)
+                try:
+                    ok, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    processes[rank].join(10)
+                    raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+                if not ok:
+                    raise AssertionError(f"rank {rank} failed:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(world_size)]
     finally:
         for process in processes:
-            process.join(10)
+            process.join(10 if len(results) == world_size else 0)
             if process.is_alive():
                 process.kill()
 

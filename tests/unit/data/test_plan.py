@@ -45,6 +45,7 @@ def batches(draw):
         "balance": draw(st.booleans()),
         "unit_of_row": draw(unit_numbers([step for _, step in rows])),
         "group_of_row": draw(st.none() | st.lists(st.integers(0, 5), min_size=len(rows), max_size=len(rows))),
+        "multiple_of": draw(st.integers(1, 3)),
         "max_tokens" if dynamic else "micro_batch_size": limit if dynamic else draw(st.integers(1, 8)),
     }
 
@@ -59,6 +60,7 @@ def test_every_row_once_in_its_step_with_equal_counts_under_the_limit(batch):
         assert len(step) == batch["dp_size"]
         assert len({len(rank) for rank in step}) == 1
         assert len(step[0]) >= 1
+        assert len(step[0]) % batch["multiple_of"] == 0
         for micro in itertools.chain(*step):
             assert all(batch["step_of_row"][i] == number for i in micro)
             assert sorted(micro) == micro.tolist()
@@ -105,8 +107,9 @@ def test_a_unit_of_one_row_is_a_row(batch):
 @given(batches())
 def test_no_micro_batch_is_empty_on_every_rank(batch):
     for step in plan_batch(**batch).steps:
-        for micro_of_ranks in zip(*step, strict=True):
-            assert len(step[0]) == 1 or any(len(micro) for micro in micro_of_ranks)
+        filled = sum(any(map(len, micro_of_ranks)) for micro_of_ranks in zip(*step, strict=True))
+        # One that is empty everywhere fills a step without rows, or the count up to the multiple.
+        assert len(step[0]) - max(filled, 1) < batch["multiple_of"]
 
 
 @given(batches())
@@ -139,6 +142,15 @@ def test_balanced_ranks_differ_by_at_most_the_longest_unit(rows, dp_size):
     tokens = [sum(lengths[i] for micro in rank for i in micro) for rank in step]
     longest = max((sum(lengths[i] for i in range(len(rows)) if units[i] == u) for u in units), default=0)
     assert max(tokens) - min(tokens) <= longest
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 10**6)), max_size=60), st.integers(1, 9))
+def test_ranks_balanced_by_cost_differ_by_at_most_the_dearest_row(rows, dp_size):
+    lengths, costs = [length for length, _ in rows], [cost for _, cost in rows]
+    limits = {"balance": True, "micro_batch_size": 4, "num_steps": 1}
+    (step,) = plan_batch(lengths, [0] * len(rows), dp_size, costs=costs, **limits).steps
+    of_rank = [sum(costs[i] for micro in rank for i in micro) for rank in step]
+    assert max(of_rank) - min(of_rank) <= max(costs, default=0)
 
 
 def test_pairs_worked_by_hand():

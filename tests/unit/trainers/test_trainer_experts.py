@@ -43,8 +43,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _model(directory: Path, parallel: Parallel, **flags: Any) -> PolicyModel:
     config = make_config(hf_checkpoint=str(directory), **flags)
     with cpu.cuda_means_cpu():
-        model = build_model(config, parallel)
-    ModelWeights(model, name_map(config, parallel), parallel, tied=False).load(directory)
+        [model] = build_model(config, parallel)
+    ModelWeights([model], name_map(config, parallel), parallel, tied=False).load(directory)
     return model
 
 

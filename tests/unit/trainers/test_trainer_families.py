@@ -19,12 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from miles.config import Config, make_config
+from miles.config.parallel import ParallelSizes
 from miles.errors import CheckpointError
 from miles.trainers.megatron import cpu
 from miles.trainers.megatron.attention import PackedSequences
 from miles.trainers.megatron.model import PolicyModel, build_model, padded_vocab_size
 from miles.trainers.megatron.model_weights import ModelWeights, name_map
-from miles.trainers.megatron.parallel import Parallel, ParallelSizes
+from miles.trainers.megatron.parallel import Parallel
 
 from .families import CASES, VOCAB, save_model
 
@@ -58,9 +59,9 @@ def loaded(request: pytest.FixtureRequest, parallel: Parallel, tmp_path_factory:
     hf = save_model(request.param, directory)
     config = make_config(hf_checkpoint=str(directory))
     with cpu.cuda_means_cpu():
-        model = build_model(config, parallel)
+        [model] = build_model(config, parallel)
     tied = not config.model.untie_embeddings_and_output_weights
-    weights = ModelWeights(model, name_map(config, parallel), parallel, tied=tied)
+    weights = ModelWeights([model], name_map(config, parallel), parallel, tied=tied)
     weights.load(directory)
     return Loaded(directory, hf, config, model, weights)
 
