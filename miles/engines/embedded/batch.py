@@ -95,7 +95,7 @@ class Batch:
         return np.flatnonzero(self.live["features"] & feature)
 
     def add(self, row: Row, *, seed: int, max_new: int, stop_ids: tuple[int, ...]) -> int:
-        """Appends a row whose prompt is in the cache; returns its number."""
+        """Appends a row whose context is in the cache; returns its number."""
         p, index = row.params, len(self.rows)
         features = Feature.GREEDY if p.greedy else Feature.SAMPLED
         if p.temperature not in (0.0, 1.0):
@@ -109,9 +109,12 @@ class Batch:
         features |= Feature.TEXT_STOP if p.stop or p.stop_regex else 0
         features |= Feature.TOP_LOG_PROBS if row.top_logprobs_num else 0
         features |= Feature.STREAMED if row.job.listener is not None else 0
-        slot, prompt_tokens = self._free_slots.pop(), len(row.input_ids)
+        slot, made = self._free_slots.pop(), len(row.made_ids)
+        self._make_room(made)
+        self._tokens[slot, :made], self._log_probs[slot, :made] = row.made_ids, row.made_log_probs
+        token = int(row.made_ids[-1]) if made else _NO_TOKEN
         self.columns[index] = (
-            seed, 0, prompt_tokens, max_new, prompt_tokens + max_new, slot, _NO_TOKEN, features, p.min_new_tokens,
+            seed, made, len(row.context), max_new, len(row.input_ids) + max_new, slot, token, features, p.min_new_tokens,
             top_k, p.temperature or 1.0, p.top_p, p.min_p,
             p.frequency_penalty, p.presence_penalty, p.repetition_penalty,
         )  # fmt: skip
@@ -129,13 +132,17 @@ class Batch:
         """One sampled token per row, `[B]` each."""
         live = self.live
         steps, slots = live["step"], live["slot"]
-        if int(steps.max()) >= self._tokens.shape[1]:
-            self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)), 1)
-            self._log_probs = np.concatenate((self._log_probs, np.zeros_like(self._log_probs)), 1)
+        self._make_room(int(steps.max()) + 1)
         self._tokens[slots, steps] = tokens
         self._log_probs[slots, steps] = log_probs
         live["token"] = tokens
         steps += 1
+
+    def _make_room(self, steps: int) -> None:
+        """For that many generated tokens of a row."""
+        while steps > self._tokens.shape[1]:
+            self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)), 1)
+            self._log_probs = np.concatenate((self._log_probs, np.zeros_like(self._log_probs)), 1)
 
     def stopped(self) -> np.ndarray:
         """[B] bool: the last token is one of the row's stop tokens."""

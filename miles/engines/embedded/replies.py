@@ -27,7 +27,7 @@ def row_reply(row: Row, text: str, tokenizer: Tokenizer | None, latency_s: float
         "prompt_tokens": len(row.input_ids),
         "completion_tokens": len(row.output_ids),
         "cached_tokens": row.cached_tokens,
-        "num_retractions": 0,
+        "num_retractions": row.num_retractions,
         "weight_version": row.versions[-1][0],
         "weight_versions": _version_spans(row),
         "e2e_latency": latency_s,

@@ -74,7 +74,7 @@ class Row:
     top_logprobs_num: int
     job: Job
     prompt_key: bytes = b""
-    """Equal for equal prompts."""
+    """Equal for equal contexts."""
 
     # Filled in by the scheduler.
     index: int = -1
@@ -91,6 +91,26 @@ class Row:
     versions: list[tuple[str, int]] = field(default_factory=list)
     """(weight version, first token made with it)"""
     finish_reason: dict[str, Any] | None = None
+    made_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64: what it had generated when it was taken back to wait (pause mode retract), and goes on from."""
+    made_log_probs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    num_retractions: int = 0
+    context: np.ndarray = field(init=False)
+    """int64 [prompt_tokens + made]: what has to be in the cache before the next token."""
+
+    def __post_init__(self) -> None:
+        self.context = self.input_ids
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        return self.logprob_start_len >= 0 and self.input_log_probs is None
+
+    def retract(self, ids: np.ndarray, log_probs: np.ndarray) -> None:
+        """Back to waiting, with all that it has generated so far."""
+        self.made_ids, self.made_log_probs = ids.copy(), log_probs.copy()
+        self.context = np.concatenate((self.input_ids, self.made_ids))
+        self.prompt_key = self.context.tobytes()
+        self.num_retractions += 1
 
 
 @dataclass(eq=False, slots=True)

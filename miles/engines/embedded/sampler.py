@@ -34,11 +34,11 @@ class Sampler:
         self._batch, self._vocab_size, self._device = batch, vocab_size, device
         self._counts: torch.Tensor | None = None
 
-    def reset_counts(self, index: int) -> None:
-        """A row with penalties took place `index` of the batch: it has generated nothing yet."""
+    def reset_counts(self, index: int, made: np.ndarray) -> None:
+        """A row with penalties took place `index` of the batch; it has generated `made` so far."""
         if self._counts is None:
             self._counts = torch.zeros(len(self._batch.columns), self._vocab_size, device=self._device)
-        self._counts[index] = 0
+        self._counts[index] = torch.bincount(self._to_device(made), minlength=self._vocab_size)
 
     def on_moved(self, moves: Moves) -> None:
         """Rows changed places."""

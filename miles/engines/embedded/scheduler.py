@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from .weights import WeightState
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+PauseMode = Literal["abort", "retract", "in_place"]
 
 #: Padded tokens of one prefill pass, unless a single prompt is longer.
 PREFILL_TOKENS = 8192
@@ -94,6 +95,9 @@ class _Prompt:
 
 class Scheduler:
     """Owns the decode thread. `submit` and `run` may be called from any thread; the rest runs on the decode thread."""
+
+    _is_outdated: bool
+    """Rows of the batch have hidden states of other weights."""
 
     def __init__(
         self,
@@ -173,11 +177,18 @@ class Scheduler:
     def paused(self) -> bool:
         return self._paused
 
-    def pause(self) -> None:
-        """Aborts what runs and waits; later requests wait for `resume`. Pausing again keeps those waiting."""
-        if not self._paused:
-            self.abort(lambda row: True, "the engine was paused")
-            self._paused = True
+    def pause(self, mode: PauseMode = "abort") -> None:
+        """Stops between two steps; later requests wait for `resume`. Pausing again keeps those waiting.
+
+        What runs ends with what it has (abort, and what waits ends too), goes on from its tokens after a new prefill (retract),
+        or stays where it is, its cache of the old weights included (in_place).
+        """
+        if mode == "abort":
+            waits = self._paused
+            self.abort(lambda row: not waits or row.index >= 0, "the engine was paused")
+        elif mode == "retract":
+            self._retract()
+        self._paused = True
         self.weights.restart()
 
     def resume(self) -> None:
@@ -188,6 +199,9 @@ class Scheduler:
                 "send all buckets and /update_weight_version first"
             )
         self.weights.check_kept()
+        if self._is_outdated:
+            self._compute_last_tokens_again()
+            self._is_outdated = False
         self._paused = False
 
     def abort(self, matches: Callable[[Row], bool], message: str) -> int:
@@ -198,7 +212,7 @@ class Scheduler:
             gone = set(waiting)
             self._waiting = deque(row for row in self._waiting if row not in gone)
             for row in waiting:
-                self._complete(row, np.empty(0, np.int64), np.empty(0, np.float32), reason)
+                self._complete(row, row.made_ids, row.made_log_probs, reason)
         running = [row.index for row in self._batch.rows if matches(row)]
         self._finish(np.array(sorted(running), np.int64), [reason] * len(running))
         return len(waiting) + len(running)
@@ -220,7 +234,7 @@ class Scheduler:
                 "update_weights_from_tensor, got a bucket while serving: rows would mix two weight versions; "
                 "POST /pause_generation first"
             )
-        assert not self._prompts, "a paused engine holds no keys of old weights"
+        self._is_outdated = self._batch.num_rows > 0
         if version is not None:
             self.weights.check_completes([spec.name for spec in specs])
         checksums = self.weights.load_bucket(segment, specs, progress_bytes, serial)
@@ -235,7 +249,7 @@ class Scheduler:
             row.versions.append((version, int(self._batch.columns[row.index]["step"])))
 
     def flush_cache(self) -> bool:
-        """Drops the KV cache; False where rows run or wait to be served."""
+        """Drops the KV cache; False where rows hold some of it or wait to be served."""
         if self._batch.num_rows or (self._waiting and not self._paused):
             return False
         self._cache.clear()
@@ -263,7 +277,7 @@ class Scheduler:
 
     def _serve(self) -> None:
         while not self._stopping:
-            busy = self._batch.num_rows or (self._waiting and not self._paused)
+            busy = not self._paused and (self._batch.num_rows or self._waiting)
             if not busy:
                 self._inbox.get()()
                 self._gather_arrivals()
@@ -294,6 +308,7 @@ class Scheduler:
         self._batch = Batch(self._num_places, vocab_size)
         self._sampler = Sampler(self._batch, vocab_size, self._device)
         self._prompts: dict[bytes, _Prompt] = {}
+        self._is_outdated = False
 
     def _stop(self) -> None:
         self._stopping = True
@@ -328,22 +343,23 @@ class Scheduler:
             return
         version = self.weights.version
         for row in admitted:
-            row.versions.append((version, 0))
-        longest = max(len(row.input_ids) for row in admitted)
+            if not row.versions or row.versions[-1][0] != version:
+                row.versions.append((version, len(row.made_ids)))
+        longest = max(len(row.context) for row in admitted)
         held = int(batch.live["length"].max()) if batch.num_rows else 0
         self._cache.reserve(batch.num_rows + len(admitted), max(longest, held) + 1, kept_rows=batch.num_rows)
 
         shared: list[Row] = []
         computed: dict[bytes, list[Row]] = {}
         for row in admitted:
-            if row.prompt_key in self._prompts and row.logprob_start_len < 0:
+            if row.prompt_key in self._prompts and not row.wants_prompt_scores:
                 shared.append(row)
             else:
                 computed.setdefault(row.prompt_key, []).append(row)
         if shared:
             self._share(shared)
         prompts = list(computed.values())
-        for group in plan_prefill([len(rows[0].input_ids) for rows in prompts], one_at_a_time=limits.deterministic):
+        for group in plan_prefill([len(rows[0].context) for rows in prompts], one_at_a_time=limits.deterministic):
             self._prefill([prompts[i] for i in group])
         self._finish_exhausted_at_once()
 
@@ -357,15 +373,15 @@ class Scheduler:
             targets.append(self._add(row, prompt))
             self._hidden[targets[-1]] = prompt.hidden
             row.cached_tokens = len(row.input_ids)
-            self.counters.shared_prompt_tokens += len(row.input_ids)
-        self._cache.copy_rows(sources, targets, max(len(row.input_ids) for row in rows))
+            self.counters.shared_prompt_tokens += len(row.context)
+        self._cache.copy_rows(sources, targets, max(len(row.context) for row in rows))
 
     def _prefill(self, prompts: Sequence[Sequence[Row]]) -> None:
         """One pass over distinct prompts; `prompts[i]` are the rows that share prompt `i`."""
-        lengths = np.array([len(rows[0].input_ids) for rows in prompts])
+        lengths = np.array([len(rows[0].context) for rows in prompts])
         padded = np.zeros((len(prompts), int(lengths.max())), np.int64)
         for i, rows in enumerate(prompts):
-            padded[i, : lengths[i]] = rows[0].input_ids
+            padded[i, : lengths[i]] = rows[0].context
         sources = np.repeat(np.arange(len(prompts)), [len(rows) for rows in prompts])
         first_row, places = self._batch.num_rows, torch.as_tensor(sources, device=self._device)
         hidden = self._model.prefill(torch.as_tensor(padded, device=self._device), self._cache, first_row, places)
@@ -379,22 +395,24 @@ class Scheduler:
             for j, row in enumerate(rows):
                 self._add(row, prompt)
                 if j:
-                    row.cached_tokens = int(lengths[i])
+                    row.cached_tokens = len(row.input_ids)
                     self.counters.shared_prompt_tokens += int(lengths[i])
-                if row.logprob_start_len >= 0:
+                if row.wants_prompt_scores:
                     self._score_prompt(row, hidden[i])
 
     def _add(self, row: Row, prompt: _Prompt) -> int:
         p = row.params
+        if row.seed is None:
+            row.seed = int(self._seeds.integers(0, 2**63))
         index = self._batch.add(
             row,
-            seed=int(self._seeds.integers(0, 2**63)) if row.seed is None else row.seed & 0xFFFFFFFFFFFFFFFF,
+            seed=row.seed & 0xFFFFFFFFFFFFFFFF,
             max_new=max_new_tokens(row.input_ids, p, self.limits.context_length),
             stop_ids=() if p.ignore_eos else tuple(dict.fromkeys((*self._eos_token_ids, *p.stop_token_ids))),
         )
         prompt.rows.add(row)
         if p.penalised:
-            self._sampler.reset_counts(index)
+            self._sampler.reset_counts(index, row.made_ids)
         return index
 
     def _score_prompt(self, row: Row, hidden: torch.Tensor) -> None:
@@ -440,13 +458,48 @@ class Scheduler:
             self._stream()
         self._cache.reserve(batch.num_rows, int(batch.live["length"].max()) + 1, kept_rows=batch.num_rows)
         columns = batch.columns[: self._fixed_rows or batch.num_rows]
-        lengths, tokens = columns["length"].copy(), columns["token"].copy()
+        self._feed(columns["length"].copy(), columns["token"].copy())
+        batch.live["length"] += 1
+
+    def _feed(self, lengths: np.ndarray, tokens: np.ndarray) -> None:
+        """One token for every row, after the first `lengths` of its cache; its hidden state is then that of the token."""
+        num_rows = self._batch.num_rows
         if self._fixed_rows:  # idle rows do what the first row does, in their own place, and are never looked at
-            lengths[batch.num_rows :], tokens[batch.num_rows :] = lengths[0], tokens[0]
+            lengths[num_rows:], tokens[num_rows:] = lengths[0], tokens[0]
         plan = self._cache.plan(lengths)
         fed = torch.as_tensor(tokens, device=self._device)
-        self._model.decode(fed, self._cache, plan, self._hidden[: len(columns)])
-        batch.live["length"] += 1
+        self._model.decode(fed, self._cache, plan, self._hidden[: len(lengths)])
+
+    # ---- pauses that keep what runs
+
+    def _retract(self) -> None:
+        """Running rows wait again, before those that wait already, in their order of arrival."""
+        rows = list(self._batch.rows)
+        for row in rows:
+            row.retract(*self._batch.output(row.index))
+        places = {row: place for job in self._futures for place, row in enumerate(job.rows)}
+        arrival = {job: number for number, job in enumerate(self._futures)}
+        rows.sort(key=lambda row: (arrival[row.job], places[row]))
+        self._batch.remove(np.arange(len(rows)))
+        self._prompts.clear()
+        self._waiting.extendleft(reversed(rows))
+
+    def _compute_last_tokens_again(self) -> None:
+        """Under new weights, rows that stayed go on from their last token's state, which was of the old ones.
+
+        Their cache is theirs alone from here: what they hold of a prompt is no newcomer's.
+        """
+        batch = self._batch
+        self._prompts.clear()
+        for row in batch.rows:
+            row.prompt_key = f"outdated {id(row)}".encode()
+            self._prompts[row.prompt_key] = _Prompt(self._hidden[row.index], {row})
+        columns = batch.columns[: self._fixed_rows or batch.num_rows]
+        tokens = columns["token"].copy()
+        for row in batch.rows:
+            if not columns["step"][row.index]:
+                tokens[row.index] = row.context[-1]
+        self._feed(np.maximum(columns["length"] - 1, 0), tokens)
 
     def _stream(self) -> None:
         """Tells who listens what the rows that go on have got."""

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 from aiohttp import web
@@ -29,7 +29,7 @@ from .openai_api import reply as openai_reply
 from .options import EngineOptions
 from .replies import build_reply, final_texts, row_reply
 from .requests import Job, Limits, RequestError, parse_generate
-from .scheduler import Scheduler
+from .scheduler import PauseMode, Scheduler
 from .segment import TensorSpec
 from .stream import EventStream, Growing, GrowingText, follow, so_far
 from .text import Tokenizer
@@ -204,11 +204,9 @@ class EngineServer:
 
     async def pause_generation(self, request: web.Request) -> web.StreamResponse:
         mode = (await _object(request)).get("mode", "abort")
-        if mode in ("retract", "in_place"):
-            raise RequestError(f"mode, got {mode!r}: not built yet in the embedded engine; use abort")
-        if mode != "abort":
-            raise RequestError(f"mode, got {mode!r}: unknown; use abort")
-        await self._on_decode_thread(self._scheduler.pause)
+        if mode not in get_args(PauseMode):
+            raise RequestError(f"mode, got {mode!r}: unknown; use {', '.join(get_args(PauseMode))}")
+        await self._on_decode_thread(lambda: self._scheduler.pause(mode))
         return _success("paused")
 
     async def continue_generation(self, request: web.Request) -> web.StreamResponse:

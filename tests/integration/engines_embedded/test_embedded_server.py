@@ -185,7 +185,7 @@ def test_stop_strings_are_trimmed_from_the_text_alone(server):
         ("/generate", b'{"text": "1", "sampling_params": {"json_schema": "{}"}}', "json_schema"),
         ("/generate", b'{"text": "1", "stream": 1}', "stream"),
         ("/abort_request", b"{}", "rid"),
-        ("/pause_generation", b'{"mode": "in_place"}', "not built yet"),
+        ("/pause_generation", b'{"mode": "later"}', "in_place"),
         ("/pause_generation", b'{"mode": "sideways"}', "sideways"),
         ("/update_weight_version", b"{}", "new_version"),
         ("/update_weight_version", b'{"new_version": "1", "partial": true}', "partial"),
