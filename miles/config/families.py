@@ -187,6 +187,17 @@ def _qwen3_5(hf: HfConfig) -> dict[str, Any]:
     )
 
 
+@_family("qwen3_5", "qwen3_5_moe")
+def _qwen3_5_with_vision(hf: HfConfig) -> dict[str, Any]:
+    """The text model of a file that also has a vision tower."""
+    text = hf["text_config"]
+    if not isinstance(text, Mapping):
+        raise Unsupported(f"text_config {_plain(text)}: it describes the text model")
+    tied = hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    shared = {"quantization_config": hf.get("quantization_config"), "tie_word_embeddings": tied}
+    return _qwen3_5({**text, **shared, "model_type": f"{hf['model_type']}_text"})
+
+
 def _grouped_experts(hf: HfConfig) -> dict[str, Any]:
     """Experts of DeepSeek-V3 and GLM-4.5: chosen by sigmoid and bias within some groups, beside shared ones, after a few dense layers."""
     for key, allowed in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("norm_topk_prob", True)):

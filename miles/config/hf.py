@@ -67,7 +67,9 @@ def model_values(hf: HfConfig, *, where: str) -> dict[str, Any]:
         raise ConfigError(
             f"model_type of {where}, got {shown(kind)}: there is no such family here (known: {known}); {fix}"
         )
-    _check_kinds(hf, where)
+    for described in (hf, hf.get("text_config")):
+        if isinstance(described, Mapping):
+            _check_kinds(described, where)
     try:
         return family(hf)
     except KeyError as error:

@@ -252,6 +252,13 @@ def _with(rules: Sequence[Rule], *others: Rule) -> tuple[Rule, ...]:
     return tuple({rule.megatron: rule for rule in (*rules, *others)}.values())
 
 
+def _below(rules: Sequence[Rule], prefix: str) -> tuple[Rule, ...]:
+    """The same rules of a file that has the text model below `prefix` in the place of `model.`"""
+    return tuple(
+        dataclasses.replace(rule, hf=tuple(re.sub(r"^model\.", prefix, name) for name in rule.hf)) for rule in rules
+    )
+
+
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 #: The Llama layout, which Qwen and Mistral share; a model without biases or query norms just has fewer weights.
@@ -351,16 +358,16 @@ model_kinds.register("qwen3_next")(
         ),
     )
 )
-model_kinds.register("qwen3_5_text", "qwen3_5_moe_text")(
-    _with(
-        _GATED,
-        _in_layer(
-            _DELTA + "in_proj.weight",
-            [f"linear_attn.in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")],
-            DeltaRows((("key", "key", "value"), ("value",), ("head",), ("head",))),
-        ),
-    )
+_QWEN3_5 = _with(
+    _GATED,
+    _in_layer(
+        _DELTA + "in_proj.weight",
+        [f"linear_attn.in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")],
+        DeltaRows((("key", "key", "value"), ("value",), ("head",), ("head",))),
+    ),
 )
+model_kinds.register("qwen3_5_text", "qwen3_5_moe_text")(_QWEN3_5)
+model_kinds.register("qwen3_5", "qwen3_5_moe")(_below(_QWEN3_5, "model.language_model."))
 
 _EXPERT = "mlp.experts.local_experts.{expert}."
 model_kinds.register("gpt_oss")(
@@ -376,6 +383,10 @@ model_kinds.register("gpt_oss")(
         _in_layer(_EXPERT + "linear_fc2.bias", ["mlp.experts.down_proj_bias"], Whole(), stacked=True),
     )
 )
+
+
+#: Beginnings of names that stay as they are: a vision tower, and what predicts further tokens.
+UNTRAINED = ("model.visual.", "mtp.")
 
 
 class NameMap:

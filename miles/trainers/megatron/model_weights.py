@@ -20,7 +20,7 @@ from miles.trainers import checkpoints
 
 from . import checkpoint
 from .hf_files import HfReader, is_hf_directory, read_config
-from .hf_names import Match, NameMap, Shape
+from .hf_names import UNTRAINED, Match, NameMap, Shape
 from .model import ScalarModel, padded_vocab_size
 from .parallel import Parallel
 
@@ -86,8 +86,8 @@ class ModelWeights:
                 yield from zip(match.hf, parts, strict=True)
                 continue
             for position, part in enumerate(parts):
-                for rank, piece in enumerate(self._parallel.gather_expert_shards(part)):
-                    expert = match.expert + (rank - self._expert_rank) * self._experts_per_rank
+                pieces = self._parallel.gather_expert_shards(part)
+                for expert, piece in zip(self._same_on_other_ranks(match), pieces, strict=True):
                     hf_name = match.names(expert)[position]
                     if not match.rule.stacked:
                         yield hf_name, piece
@@ -118,6 +118,8 @@ class ModelWeights:
     @torch.no_grad()
     def _load_hf(self, path: str | Path) -> None:
         reader = HfReader(path)
+        # Names of experts that other ranks read.
+        elsewhere: set[str] = set()
         for part in self._model:
             for name, param in _tensors(part):
                 if self._is_scalar and name == _SCORE and _SCORE not in reader:
@@ -125,10 +127,11 @@ class ModelWeights:
                     continue
                 match = self._match(_EMBEDDING if self._tied and name == _HEAD else name, self._offset(part))
                 param.copy_(self._shard(reader, match, name, param.shape))
-        unread = set.intersection(*self._parallel.from_all_stages(reader.unread))
-        beyond = _prediction_layers(path, self._model[0].config.num_layers)
+                elsewhere.update(hf_name for expert in self._same_on_other_ranks(match) for hf_name in match.names(expert))
+        unread = set.intersection(*self._parallel.from_all_stages(reader.unread - elsewhere))
+        untrained = self._untrained(path)
         unknown = sorted(
-            n for n in unread - self._unused if not n.endswith("rotary_emb.inv_freq") and not n.startswith(beyond)
+            n for n in unread - self._unused if not n.endswith("rotary_emb.inv_freq") and not n.startswith(untrained)
         )
         if unknown:
             raise CheckpointError(
@@ -151,8 +154,28 @@ class ModelWeights:
             )
         return shard
 
+    def untrained(self, path: str | Path) -> Iterator[tuple[str, Tensor]]:
+        """What an HF directory has beside the model, as it is there: an export is whole with it. Read by one rank alone."""
+        reader, beginnings = HfReader(path), self._untrained(path)
+        for name in sorted(reader.unread):
+            if name.startswith(beginnings):
+                yield name, reader[name]
+
+    def _untrained(self, path: str | Path) -> tuple[str, ...]:
+        """Beginnings of names. Layers that predict further tokens come after the model's own."""
+        more = read_config(path).get("num_nextn_predict_layers") or 0
+        first = self._model[0].config.num_layers
+        return (*UNTRAINED, *(f"model.layers.{first + i}." for i in range(more)))
+
     def _match(self, name: str, layer_offset: int) -> Match:
         return self._names.match(name, layer_offset, self._expert_rank * self._experts_per_rank)
+
+    def _same_on_other_ranks(self, match: Match) -> list[int]:
+        """Experts that the ranks which share them have in the place of this rank's, in rank order."""
+        if match.expert is None:
+            return []
+        ranks = range(int(self._parallel.groups.ep.size()))
+        return [match.expert + (rank - self._expert_rank) * self._experts_per_rank for rank in ranks]
 
     @property
     def _num_experts(self) -> int:
@@ -200,12 +223,6 @@ def _tensors(part: GPTModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters, and what else of the model a checkpoint holds: the biases by which routers choose experts."""
     yield from part.named_parameters()
     yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith(_EXPERT_BIAS))
-
-
-def _prediction_layers(path: str | Path, num_layers: int) -> tuple[str, ...]:
-    """Beginnings of names of layers that predict further tokens: they come after the model's own, and are left out."""
-    more = read_config(path).get("num_nextn_predict_layers") or 0
-    return tuple(f"model.layers.{num_layers + i}." for i in range(more))
 
 
 def _delta_rows(model: ModelArgs) -> tuple[int, int, int, int]:

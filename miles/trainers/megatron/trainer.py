@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
@@ -458,9 +459,8 @@ class MegatronTrainer:
         if source is None:
             raise CheckpointError("--save-hf, got no --hf-checkpoint: config and tokenizer are copied from it; name it")
         if self.parallel.is_main:
-            write_hf_directory(
-                path, self.named_weights(), source=source, dtype=self.dtype, one_score=self._loss.of_scores
-            )
+            tensors = itertools.chain(self.named_weights(), self._weights.untrained(source))
+            write_hf_directory(path, tensors, source=source, dtype=self.dtype, one_score=self._loss.of_scores)
         else:
             for _ in self.named_weights():
                 pass

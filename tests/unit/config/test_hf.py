@@ -178,6 +178,12 @@ def test_linear_attention() -> None:
     assert (values["kv_channels"], values["rotary_percent"]) == (256, 0.25)
     assert values["moe_shared_expert_gate"]
     assert values["spec"] == ("miles_plugins.models.qwen3_5", "get_qwen3_5_spec")
+    text = BASE | {"model_type": "qwen3_5_text", "layer_types": ["linear_attention"] * 3}
+    whole = model_values({"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": True}, where="d")
+    assert whole == model_values(text | {"tie_word_embeddings": True}, where="d")
+    for broken, message in ((None, "text_config None"), (text | {"hidden_size": "64"}, "hidden_size '64'")):
+        with pytest.raises(ConfigError, match=message):
+            model_values({"model_type": "qwen3_5", "text_config": broken}, where="d")
     dense = model_values(BASE | {"model_type": "qwen3_5_text", "layer_types": ["linear_attention"] * 3}, where="d")
     assert dense["linear_attention_freq"] == "[1]*3"
     assert "num_experts" not in dense

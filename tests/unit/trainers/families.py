@@ -32,8 +32,18 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
-from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5 import (
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
+)
+from transformers.models.qwen3_5_moe import (
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+)
 
 from miles.engines.requirements import EMBEDDED_KINDS
 
@@ -124,6 +134,14 @@ _SHARED = {
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 32,
 }
+_VISION: dict[str, Any] = {
+    "vision_config": {
+        **{"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4},
+        **{"spatial_merge_size": 1, "temporal_patch_size": 1, "out_hidden_size": 64, "num_position_embeddings": 16},
+    },
+    **{"image_token_id": VOCAB, "video_token_id": VOCAB + 1},
+    **{"vision_start_token_id": VOCAB + 2, "vision_end_token_id": VOCAB + 3},
+}
 _DEEPSEEK_YARN = _YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}
 #: Case -> its model. The first word is the family.
 CASES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -153,6 +171,10 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_SIZES | _DELTA | _SHARED)),
     "qwen3_5_text": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_SIZES | _DELTA)),
     "qwen3_5_moe_text": lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_SIZES | _DELTA | _SHARED)),
+    "qwen3_5": lambda: Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=_SIZES | _DELTA, **_VISION)),
+    "qwen3_5_moe": lambda: Qwen3_5MoeForConditionalGeneration(
+        Qwen3_5MoeConfig(text_config=_SIZES | _DELTA | _SHARED, **_VISION)
+    ),
     "kimi_k2": lambda: _deepseek(rope_parameters=_DEEPSEEK_YARN | {"mscale": 1.0}, n_group=1, topk_group=1),
 }
 
@@ -251,14 +273,14 @@ FAMILIES: tuple[Family, ...] = (
         "gated delta nets; gated attention; norms from zero; experts with a gated shared one",
     ),
     Family(
-        "Qwen3.5, text",
-        ("qwen3_5_text", "qwen3_5_moe_text"),
-        ("qwen3_5_text", "qwen3_5_moe_text"),
-        "the same, dense or with experts",
+        "Qwen3.5",
+        ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"),
+        ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"),
+        "the same, dense or with experts; the text model of files with a vision tower",
     ),
 )
 #: Cases that go through a trainer's steps, checkpoints and exports.
-TRAINED = ("qwen3_moe", "glm4", "gpt_oss", "deepseek_v3", "qwen3_next")
+TRAINED = ("qwen3_moe", "glm4", "gpt_oss", "deepseek_v3", "qwen3_5")
 #: Kinds that other tests train on.
 _TRAINED_ELSEWHERE = ("qwen2", "qwen3", "llama")
 

@@ -119,7 +119,7 @@ def _their_gradients(hf: PreTrainedModel) -> dict[str, Tensor | None]:
 _IN_ONE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def test_layers_that_predict_further_tokens_are_left_out(parallel: Parallel, tmp_path: Path) -> None:
+def test_layers_that_predict_further_tokens_stay_as_they_are(parallel: Parallel, tmp_path: Path) -> None:
     """DeepSeek-V3 has one after its own layers; others that the model has no place for are an error."""
     save_model("deepseek_v3", tmp_path)
     config = make_config(hf_checkpoint=str(tmp_path))
@@ -132,11 +132,12 @@ def test_layers_that_predict_further_tokens_are_left_out(parallel: Parallel, tmp
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_nextn_predict_layers": 1}))
     weights.load(tmp_path)
+    assert [name for name, _ in weights.untrained(tmp_path)] == ["model.layers.2.eh_proj.weight"]
 
 
 def test_every_tensor_comes_back_bitwise(loaded: Loaded) -> None:
     saved = load_file(loaded.directory / "model.safetensors")
-    back = dict(loaded.weights.stream())
+    back = dict(loaded.weights.stream()) | dict(loaded.weights.untrained(loaded.directory))
     assert set(back) == set(saved)
     for name, tensor in saved.items():
         assert back[name].dtype == tensor.dtype, name
