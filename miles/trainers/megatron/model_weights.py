@@ -127,7 +127,9 @@ class ModelWeights:
                     continue
                 match = self._match(_EMBEDDING if self._tied and name == _HEAD else name, self._offset(part))
                 param.copy_(self._shard(reader, match, name, param.shape))
-                elsewhere.update(hf_name for expert in self._same_on_other_ranks(match) for hf_name in match.names(expert))
+                elsewhere.update(
+                    hf_name for expert in self._same_on_other_ranks(match) for hf_name in match.names(expert)
+                )
         unread = set.intersection(*self._parallel.from_all_stages(reader.unread - elsewhere))
         untrained = self._untrained(path)
         unknown = sorted(
