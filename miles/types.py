@@ -55,6 +55,18 @@ class Status(enum.Enum):
     FAILED = "failed"
 
 
+@dataclass(frozen=True)
+class TeacherScores:
+    """What a teacher on engines says of a response, at temperature 1. `R` response tokens, `K` top tokens."""
+
+    log_probs: np.ndarray
+    """[R] f32, of the response's own tokens."""
+    top_ids: np.ndarray
+    """[R, K] i32, the likeliest tokens; K is 0 where nobody wants them."""
+    top_log_probs: np.ndarray
+    """[R, K] f32"""
+
+
 @dataclass
 class Sample:
     """One row: a prompt, what the model answered, and what became of it. Mutable: hooks fill it in.
@@ -95,6 +107,8 @@ class Sample:
     multimodal_inputs: dict[str, Any] | None = None
     rollout_routed_experts: Any = None
     """[prompt + response - 1, layers, top_k] int32 where the engine returns routing."""
+    teacher: TeacherScores | None = None
+    """What the teacher of --teacher-urls says of the response. In no file: it is large, and can be asked again."""
     error: str | None = None
     """Why `status` is FAILED: the exception's text."""
 
@@ -126,8 +140,8 @@ class Sample:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, lossless as far as `metadata`, `label` and `reward` are JSON themselves."""
-        out = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """JSON-ready, lossless as far as `metadata`, `label` and `reward` are JSON themselves; without `teacher`."""
+        out = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "teacher"}
         out["status"] = self.status.value
         return out
 
@@ -227,7 +241,8 @@ class TrainBatch:
     answered it, where distillation mixes such rows with others. Ragged columns (in `ragged`): `tokens` i64
     `[T]`, split by `total_lengths`; `loss_mask` u8, `rollout_log_probs` f32 and `loss_scale` f32 `[R]`, split by
     `response_lengths`. The response is the last `response_lengths` tokens of a row. `rollout_log_probs` is absent when a row
-    lacks it, `loss_scale` when all of it is 1.
+    lacks it, `loss_scale` when all of it is 1. With a teacher on engines: `teacher_log_probs` f32 `[R]`, `teacher_top_ids` i32 and
+    `teacher_top_log_probs` f32 `[R, K]`, see `TeacherScores`.
 
     Preference jobs add row columns: `preferred` u8 (1 for the chosen row of a pair, or one that is desirable by itself), `pair`
     i64 (shared by the two rows of a pair, which lie in one micro-batch; absent where rows count by themselves) and, for reward

@@ -78,11 +78,12 @@ def with_remainder(top: torch.Tensor) -> torch.Tensor:
     """[n, K] log-probs of some tokens -> [n, K + 1]: what all others share is one more outcome.
 
     For a teacher that tells its top tokens alone: applied to its log-probs and the student's of the same tokens, both are
-    distributions, and their divergence is a lower bound of the whole one.
+    distributions, and their divergence is a lower bound of the whole one. A remainder below the rounding of the given log-probs
+    (1e-7 in float32) is not known better than that.
     """
-    # Rounding may leave a sum of 1 and more: the remainder keeps the smallest probability that has a logarithm.
-    left = (1 - top.exp().sum(dim=-1, keepdim=True)).clamp(min=torch.finfo(top.dtype).eps)
-    return torch.cat([top, left.log()], dim=-1)
+    # Rounding may leave a sum of 1 and more: the remainder keeps the smallest probability that the sum can tell from 1.
+    left = (1 - top.double().exp().sum(dim=-1, keepdim=True)).clamp(min=torch.finfo(top.dtype).eps)
+    return torch.cat([top, left.log().to(top.dtype)], dim=-1)
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

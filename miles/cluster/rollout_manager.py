@@ -11,6 +11,7 @@ complete, however far it was read since.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from miles.errors import CheckpointError
 from miles.observe import RunDir, open_process_log
 from miles.observe.report.trace import MAX_TOKENS, TokenTexts, TracedSample, TraceFiles, choose_samples
 from miles.rollout import DatasetRollout, LogHooks, Rollout, channels_of, load_eval_rows, training_channels
+from miles.rollout.teacher import KEY_VARIABLE
 from miles.types import RolloutOutput, Sample, SampleGroup, TrainBatch, WeightVersion
 
 from .actors import Beat, actor, all_stacks, control, settle, sign_of_life
@@ -76,9 +78,9 @@ class _Unwritten:
 class RolloutManagerActor:
     """See the module's docstring. Async: rewards, requests and filters interleave in one event loop."""
 
-    def __init__(self, config: Config, prompts: PromptData | None, run_dir: RunDir):
+    def __init__(self, config: Config, prompts: PromptData | None, run_dir: RunDir, teacher_key: str | None = None):
         open_process_log(run_dir.logs, "rollout-manager")
-        self.config, self.run_dir = config, run_dir
+        self.config, self.run_dir, self._teacher_key = config, run_dir, teacher_key
         import_plugins(config)
         self._log_hooks = LogHooks(config)
         self._progress = (0, 0, 0)
@@ -125,26 +127,26 @@ class RolloutManagerActor:
             job = job_of(self.config)
             if job.rows != "prompts":
                 self._cache = reference_cache(self.config, self.run_dir.path)
-                if self._cache is None:
-                    self._eval_shards = self._evaluation_batches()
-            if not job.generates:
+            if not job.generates and self.config.gkd.teacher_urls is None:
                 assert self.config.rollout.rollout_batch_size is not None
                 self._dataset = DatasetRollout(self.source, num_groups=self.config.rollout.rollout_batch_size)
                 return
             cluster = self.config.cluster
-            self._pool = EnginePool(
-                # One that was lost meanwhile has another address already: Ray promises no order of calls here.
-                [self._client(e) for e in self._engines or engines],
-                self.config.sglang.sglang_server_concurrency,
-                # The driver notices that an engine is dead, and gives another in its place or ends the run.
-                recovery_limit_s=cluster.heartbeat_timeout + 2 * cluster.start_timeout,
-            )
+            if job.engines:
+                self._pool = EnginePool(
+                    # One that was lost meanwhile has another address already: Ray promises no order of calls here.
+                    [self._client(e) for e in self._engines or engines],
+                    self.config.sglang.sglang_server_concurrency,
+                    # The driver notices that an engine is dead, and gives another in its place or ends the run.
+                    recovery_limit_s=cluster.heartbeat_timeout + 2 * cluster.start_timeout,
+                )
             self._rollout = Rollout(
                 self.config,
                 source=self.source,
                 pool=self._pool,
                 tokenizer=self.tokenizer,
                 args=args_view(self.config),
+                teacher_key=self._teacher_key,
             )
             self._rollout.on_progress = self._note_progress
             await self._rollout.start()
@@ -244,9 +246,8 @@ class RolloutManagerActor:
         self._cache.keep(self._unscored[number], log_probs)
 
     async def have_reference(self) -> None:
-        """All rows are scored: evaluations can be made ready."""
+        """All rows are scored."""
         self._unscored = []
-        self._eval_shards = self._evaluation_batches()
 
     def _build(self, groups: list[SampleGroup]) -> list[TrainBatch]:
         """Finished groups as one optimizer step, one batch for each data-parallel rank."""
@@ -258,15 +259,18 @@ class RolloutManagerActor:
     def _with_reference(self, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
         return list(batches) if self._cache is None else list(map(self._cache.attach, batches))
 
-    def _evaluation_batches(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
+    async def _evaluation_batches(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
         """Rows of each evaluation data set, one shard for each data-parallel rank: they are the same at every step."""
         found = {}
         for dataset, groups in load_eval_rows(self.config, self.tokenizer, self._eval_channels):
+            if self._rollout is not None:
+                await self._rollout.ask_teacher(groups)
             found[dataset.name] = tuple(map(ray.put, self._with_reference(self._build(groups))))
         return found
 
     async def evaluation_shards(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
         """Data set -> one `TrainBatch` for each data-parallel rank, where evaluations are made by the trainers."""
+        self._eval_shards = self._eval_shards or await self._evaluation_batches()
         return self._eval_shards
 
     async def write_samples(self, rollout_id: int) -> None:
@@ -339,7 +343,7 @@ class RolloutManager:
         handle = (
             actor(RolloutManagerActor)
             .options(**placement.helper_options(), runtime_env={"env_vars": env})
-            .remote(config, prompts, run_dir)
+            .remote(config, prompts, run_dir, os.environ.get(KEY_VARIABLE))
         )
         self.process = Process("rollout-manager", handle, run_dir.logs / "rollout-manager.log")
         self.on_progress = lambda done, total, tokens: None

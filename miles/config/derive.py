@@ -156,6 +156,8 @@ def _sampling(draft: Draft) -> None:
 def _loss(draft: Draft) -> None:
     v = draft.values
     estimator = v["advantage_estimator"]
+    if v["use_opd"]:
+        draft.fill("opd_type", "megatron" if v["teacher_urls"] is None else "sglang", "--use-opd")
     draft.fill("policy_loss", "gspo" if estimator == "gspo" else "ppo_clip", "--advantage-estimator")
     draft.fill("normalize_advantages", estimator in WHITENED_ESTIMATORS, "--advantage-estimator")
     draft.fill("eps_clip_high", v["eps_clip"], "--eps-clip")

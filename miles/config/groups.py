@@ -376,8 +376,8 @@ class GrpoArgs:
     """Loss hook of --loss-type custom_loss: `f(args, tokens) -> (token_losses, metrics)`, a loss for each token; see docs/algorithms.md."""
     use_opd: bool = False
     """On-policy distillation: advantages lose --opd-kl-coef times log(policy / teacher) at every token."""
-    opd_type: Literal["megatron"] | None = None
-    """Where its teacher runs: megatron, in the trainers (--teacher-load), which is the default."""
+    opd_type: Literal["megatron", "sglang"] | None = None
+    """Where its teacher runs: megatron, in the trainers (--teacher-load), or sglang, on engines (--teacher-urls). Defaults to the one that is given."""
     opd_kl_coef: float = 1.0
     """Weight of that term."""
     advantage_estimator: str = "grpo"
@@ -516,7 +516,7 @@ class PreferenceArgs:
 
 @dataclass(frozen=True)
 class GkdArgs:
-    """GKD: Distillation from the next-token distributions of --teacher-load."""
+    """GKD: Distillation from a teacher: --teacher-load, in the trainers, or --teacher-urls, on engines."""
 
     gkd_beta: float = 0.5
     """Divergence: 0 is KL(teacher, student), 1 KL(student, teacher), between them the generalised Jensen-Shannon divergence."""
@@ -524,6 +524,14 @@ class GkdArgs:
     """Divides the logits of both."""
     gkd_lmbda: float = 0.0
     """Share of the rows that the student's engines answer, 0 to 1; the others are trained on as they are. Which ones follows from --rollout-seed and the row's number alone."""
+    gkd_seq_kd: bool = False
+    """The rows that are not the student's are answered by the teacher, which is on engines (--teacher-urls)."""
+    teacher_urls: tuple[str, ...] | None = None
+    """Teacher of --loss-type gkd and --use-opd on engines that speak SGLang's protocol and were started elsewhere, all with the same model: http://HOST:PORT ... If they ask for a key, it is read from the environment: MILES_TEACHER_API_KEY."""
+    teacher_top_k: int = 64
+    """Likeliest tokens of --teacher-urls that gkd compares one by one; all others are compared as one."""
+    teacher_timeout: float = 600.0
+    """Seconds for one request to --teacher-urls, its tries included, and for one of them to answer again where none does."""
     sft_alpha: float = 0.0
     """Weight of the answers' likelihood beside it, of rows that the student did not answer itself."""
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from .groups import Config, GrpoArgs, SglangArgs
 from .problem import Problem
-from .rule import Facts, Range, Rule, needs
+from .rule import Facts, Rule, needs
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ JOBS: dict[str, Job] = {
 
 def job_of(config: Config) -> Job:
     job = find_job(config.grpo.loss_type, online=config.preference.online_preferences)
-    return dataclasses.replace(job, engines=True, generates=True) if config.gkd.gkd_lmbda > 0 else job
+    if config.gkd.gkd_lmbda > 0:
+        return dataclasses.replace(job, engines=True, generates=True)
+    return dataclasses.replace(job, generates=True) if config.gkd.gkd_seq_kd else job
 
 
 def find_job(loss_type: str, *, online: bool = False) -> Job:
@@ -67,7 +69,7 @@ ENGINE_FLAGS = (
 ANSWER_FLAGS = (
     *("rollout_temperature", "rollout_top_p", "rollout_top_k", "rollout_stop", "rollout_stop_token_ids"),
     *("rollout_max_response_len", "rollout_max_context_len", "rollout_skip_special_tokens"),
-    *("custom_generate_function_path", "custom_generate_timeout", "max_failed_sample_fraction"),
+    *("custom_generate_function_path", "custom_generate_timeout"),
 )
 
 #: ... and of how prompts are sampled, one by one or in an evaluation.
@@ -110,7 +112,7 @@ POLICY_LOSS_FLAGS = (
 READ_BY: dict[str, tuple[str, ...]] = {
     "sft_token_loss": ("sft_loss",),
     **dict.fromkeys(("loss_scale", "channel_key"), ("sft_loss", "gkd")),
-    **dict.fromkeys(("gkd_beta", "gkd_temperature", "gkd_lmbda", "sft_alpha"), ("gkd",)),
+    **dict.fromkeys(("gkd_beta", "gkd_temperature", "gkd_lmbda", "gkd_seq_kd", "teacher_top_k", "sft_alpha"), ("gkd",)),
     "custom_loss_function_path": ("custom_loss",),
     "overlong_rows": ("sft_loss", "gkd", "dpo", "kto", "orpo", "simpo", "cpo", "rm"),
     "center_rewards_coefficient": ("rm",),
@@ -127,21 +129,14 @@ READ_BY: dict[str, tuple[str, ...]] = {
 }
 
 
-JOB_RANGES: dict[str, Range] = {
-    "gkd_beta": Range(0, 1),
-    "gkd_temperature": Range(0, open_low=True),
-    "gkd_lmbda": Range(0, 1),
-    "sft_alpha": Range(0),
-    "opd_kl_coef": Range(0, open_low=True),
-}
-
-
 def flags_are_read_by_the_job(facts: Facts) -> Iterator[Problem]:
     name, job = facts.config.grpo.loss_type, job_of(facts.config)
     flag, fix = f"--loss-type {name}", "leave it out"
     no_engine = f"{flag} starts no engine"
     yield from needs(facts, ENGINE_FLAGS, unless=job.engines, why=no_engine, fix=fix)
     yield from needs(facts, ANSWER_FLAGS, unless=job.generates, why=no_engine, fix=fix)
+    asks = job.generates or facts.config.gkd.teacher_urls is not None
+    yield from needs(facts, ("max_failed_sample_fraction",), unless=asks, why=no_engine, fix=fix)
     why = f"{flag} answers a row once, and evaluates rows as they are" if job.generates else no_engine
     yield from needs(facts, PROMPT_FLAGS, unless=job.rows == "prompts", why=why, fix=fix)
     yield from needs(facts, REWARD_FLAGS, unless=job.rewards, why=f"{flag} scores nothing", fix=fix)
@@ -158,26 +153,9 @@ def flags_are_read_by_the_job(facts: Facts) -> Iterator[Problem]:
 
 
 def parts_are_given(facts: Facts) -> Iterator[Problem]:
-    config, grpo = facts.config, facts.config.grpo
+    grpo = facts.config.grpo
     if grpo.loss_type == "custom_loss" and grpo.custom_loss_function_path is None:
         yield Problem("--loss-type", "custom_loss", "there is no function", "add --custom-loss-function-path PATH")
-    asks = "--use-opd" if grpo.use_opd else "--loss-type gkd" if grpo.loss_type == "gkd" else None
-    if asks is not None and config.ckpt.teacher_load is None:
-        yield Problem(asks, None, "there is no teacher", "add --teacher-load DIR")
-    why = "neither --loss-type gkd nor --use-opd asks for a teacher"
-    yield from needs(facts, ("teacher_load",), unless=asks is not None, why=why, fix="add one, or leave it out")
-    why = "without --use-opd there is no such term"
-    yield from needs(
-        facts, ("opd_kl_coef", "opd_type"), unless=grpo.use_opd, why=why, fix="add --use-opd, or leave it out"
-    )
-
-
-def answers_have_a_prompt(facts: Facts) -> Iterator[Problem]:
-    """Of rows that are answered anew."""
-    config, job = facts.config, job_of(facts.config)
-    if job.generates and job.rows == "conversations" and config.sft.loss_scale == "all":
-        why = "where every message trains, nothing is left to answer"
-        yield Problem("--loss-scale", "all", why, "take assistant or last_round, or leave --gkd-lmbda out")
 
 
 def rows_fit_model(facts: Facts) -> Iterator[Problem]:
@@ -190,6 +168,5 @@ def rows_fit_model(facts: Facts) -> Iterator[Problem]:
 JOB_RULES: tuple[Rule, ...] = (
     flags_are_read_by_the_job,
     parts_are_given,
-    answers_have_a_prompt,
     rows_fit_model,
 )

@@ -170,7 +170,7 @@ def teacher_is_whole(facts: Facts) -> Iterator[Problem]:
     sizes = _sizes(facts)
     if facts.config.ckpt.teacher_load is not None and sizes is not None and sizes.ranks_per_replica > 1:
         why = f"the teacher is whole on each rank, and a student shared by {sizes.ranks_per_replica} ranks has not its rows"
-        fix = "leave tensor, pipeline and context parallelism out"
+        fix = "leave tensor, pipeline and context parallelism out, or take --teacher-urls"
         yield Problem("--teacher-load", facts.config.ckpt.teacher_load, why, fix)
 
 

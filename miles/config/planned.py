@@ -55,14 +55,6 @@ PARTS: tuple[Part, ...] = (
         "score with --rm-type or --custom-rm-path",
     ),
     Part(
-        "a teacher on engines",
-        {
-            "gkd-seq-kd": "rows answered by the teacher",
-            "teacher-urls": "a teacher on engines, with the log-probs of its top tokens",
-        },
-        "use --teacher-load",
-    ),
-    Part(
         "more parallelism",
         {
             "allgather-cp": "contiguous context parallelism by all-gather",
@@ -380,7 +372,6 @@ ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 #: Field -> choices that its flag will have -> what they would do.
 PLANNED_CHOICES: Mapping[str, Mapping[str, str]] = {
-    "opd_type": {"sglang": "a teacher on an engine"},
     "train_backend": {"fsdp": "the FSDP trainer"},
     "optimizer": {"muon": "the Muon optimizer"},
     "moe_token_dispatcher_type": {"flex": "DeepEP dispatch"},

@@ -14,11 +14,12 @@ from miles.errors import ConfigError
 
 from .algorithm_rules import ALGORITHM_RANGES, ALGORITHM_RULES, algorithm_warnings
 from .critic_rules import CRITIC_RANGES, CRITIC_RULES
+from .distillation_rules import DISTILLATION_RANGES, DISTILLATION_RULES
 from .engine_args import DETERMINISTIC_BACKENDS, check_engine_args
 from .eval_datasets import eval_datasets
 from .fields import fields, flatten, show
 from .groups import Config
-from .jobs import JOB_RANGES, JOB_RULES, job_of
+from .jobs import JOB_RULES, job_of
 from .model_rules import MODEL_RANGES, MODEL_RULES
 from .parallel_rules import PARALLEL_RANGES, PARALLEL_RULES
 from .preference_rules import PREFERENCE_RANGES, PREFERENCE_RULES
@@ -91,8 +92,8 @@ RANGES: dict[str, Range] = {
     **MODEL_RANGES,
     **REWARD_RANGES,
     **PREFERENCE_RANGES,
-    **JOB_RANGES,
     **PARALLEL_RANGES,
+    **DISTILLATION_RANGES,
 }
 
 
@@ -629,6 +630,7 @@ RULES: tuple[Rule, ...] = (
     *CRITIC_RULES,
     *REWARD_RULES,
     *JOB_RULES,
+    *DISTILLATION_RULES,
     *PREFERENCE_RULES,
     *PARALLEL_RULES,
 )

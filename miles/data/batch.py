@@ -39,6 +39,7 @@ from miles.types import (
 from .plan import Plan, plan_batch
 from .row import trajectory_of
 from .rows import TrainRows, check_samples
+from .teacher_columns import teacher_columns
 
 #: `f(args, samples) -> (raw, rewards)`: one entry a sample each; `rewards` become the advantages.
 RewardPostProcess = Callable[[Args, list[Sample]], tuple[Sequence[float], Sequence[float]]]
@@ -158,6 +159,9 @@ def build_train_batches(
     ]
     for batch in batches:
         batch.metadata["channels"] = tuple(channels)
+        if config.gkd.teacher_urls is not None:
+            everyone = [sample for group in groups for sample in group]
+            batch.ragged.update(teacher_columns(everyone, batch.rows["position"]))
     has_rewards = job_of(config).rewards
     return TrainBatches(batches, rollout_metrics(trajectories, raw, totals, has_rewards) | reward_metrics, advantage_of)
 

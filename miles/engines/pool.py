@@ -91,6 +91,7 @@ class EnginePool:
         *,
         stall_limit_s: float | None = None,
         recovery_limit_s: float = 30.0,
+        whose: str = "engines of the run",
     ) -> None:
         """`stall_limit_s` defaults to twice the clients' limit for one generation: by then a request has ended."""
         if not clients:
@@ -104,7 +105,7 @@ class EnginePool:
         self._stall_limit_s = (
             2 * max(client.timeouts.generate_s for client in clients) if stall_limit_s is None else stall_limit_s
         )
-        self._recovery_limit_s = recovery_limit_s
+        self._recovery_limit_s, self._whose = recovery_limit_s, whose
         self._queue: deque[_Waiter] = deque()
         self._moved = time.monotonic()
         self._none_left_since: float | None = None
@@ -257,8 +258,7 @@ class EnginePool:
         if self._none_left_since is not None and now - self._none_left_since >= self._recovery_limit_s:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.stats().down.items())
             return EngineError(
-                f"engines of the run, got none that answers for {self._recovery_limit_s:g} s: {reasons}; see the engines' "
-                f"logs in the run directory"
+                f"{self._whose}, got none that answers for {self._recovery_limit_s:g} s: {reasons}; see the engines' logs"
             )
         if now - max(waiter.since, self._moved) < self._stall_limit_s:
             return None

@@ -209,6 +209,13 @@ GROUPS: tuple[Group, ...] = (
                 "share",
                 "around --gkd-lmbda",
             ),
+            (
+                "rollout/teacher_ratio",
+                "share of rows that the teacher answered (--gkd-seq-kd)",
+                "rows of the rollout",
+                "share",
+                "around 1 - --gkd-lmbda",
+            ),
         ),
     ),
     Group(
@@ -613,6 +620,13 @@ GROUPS: tuple[Group, ...] = (
                 "groups kept",
                 "s",
                 "far below generate_time; else raise --rm-num-workers",
+            ),
+            (
+                "perf/teacher_latency",
+                "mean time that a group waits for the teacher's log-probs (--teacher-urls)",
+                "groups kept",
+                "s",
+                "below generate_time; else give the teacher more engines",
             ),
             (
                 "perf/rollout_tokens_per_s",

@@ -1,4 +1,4 @@
-"""Who answers the rows of distillation: the data set itself, or the student from the prompt alone.
+"""Who answers the rows of distillation: the data set itself, or the student or the teacher from the prompt alone.
 
     DataSource --row with its answers--> AnswerSource --as it is (COMPLETED)----------------> rollout
                                                       '-what comes before its last answer ---^
@@ -22,20 +22,23 @@ from .dataset import channels_of
 from .seeds import sample_seed
 
 
-def author_of(group_index: int, *, seed: int, student_share: float) -> Author:
-    """The student with probability `student_share`."""
-    drawn = sample_seed(seed, 0, group_index, 0, stream="answered by") / 2**63
-    return Author.STUDENT if drawn < student_share else Author.DATA
+def author_of(group_index: int, config: Config) -> Author:
+    """The student with probability --gkd-lmbda."""
+    drawn = sample_seed(config.rollout.rollout_seed, 0, group_index, 0, stream="answered by") / 2**63
+    return Author.STUDENT if drawn < config.gkd.gkd_lmbda else _other_author(config)
+
+
+def _other_author(config: Config) -> Author:
+    return Author.TEACHER if config.gkd.gkd_seq_kd else Author.DATA
 
 
 def training_channels(config: Config, prompts: PromptData) -> tuple[str, ...]:
     """By what the loss is reported: the channels of the rows, or else who answered them, where that is not always the data."""
-    share = config.gkd.gkd_lmbda
     if channels := channels_of(prompts):
         return channels
-    return (
-        tuple(author for author, part in ((Author.DATA, 1 - share), (Author.STUDENT, share)) if part) if share else ()
-    )
+    share = config.gkd.gkd_lmbda
+    authors = [*([_other_author(config)] if share < 1 else []), *([Author.STUDENT] if share > 0 else [])]
+    return () if authors == [Author.DATA] else tuple(authors)
 
 
 class AnswerSource:
@@ -45,8 +48,7 @@ class AnswerSource:
     """
 
     def __init__(self, source: DataSource, config: Config, decode: Callable[[Sequence[int]], str]):
-        self._source, self._decode = source, decode
-        self._seed, self._student_share = config.rollout.rollout_seed, config.gkd.gkd_lmbda
+        self._source, self._config, self._decode = source, config, decode
 
     def get_samples(self, num_groups: int) -> list[SampleGroup]:
         return [self._assigned(group) for group in self._source.get_samples(num_groups)]
@@ -65,7 +67,7 @@ class AnswerSource:
             return group
         index = group[0].group_index
         assert index is not None
-        author = author_of(index, seed=self._seed, student_share=self._student_share)
+        author = author_of(index, self._config)
         if author is not Author.DATA:
             group = [_asked(group, self._decode)]
         for sample in group:
@@ -95,6 +97,6 @@ def _asked(group: SampleGroup, decode: Callable[[Sequence[int]], str]) -> Sample
 
 
 def author_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
-    """`student_ratio`: the share of rows that the student answered."""
+    """`student_ratio` and `teacher_ratio`: the shares of rows that they answered."""
     authors = [group[0].metadata[ANSWERED_BY] for group in groups]
-    return {"rollout/student_ratio": authors.count(Author.STUDENT) / len(authors)}
+    return {f"rollout/{who}_ratio": authors.count(who) / len(authors) for who in (Author.STUDENT, Author.TEACHER)}

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from miles.config import Config
     from miles.engines.pool import EnginePool
 
+    from .teacher import TeacherEngines
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -38,11 +40,14 @@ class Runtime:
 
     config: Config
     args: Args
-    pool: EnginePool
+    pool: EnginePool | None
+    """The run's engines; None where they answer nothing."""
     tokenizer: Any
     """A transformers tokenizer."""
     eos_token_ids: frozenset[int] = frozenset()
     """Tokens that end an answer by themselves."""
+    teacher: TeacherEngines | None = None
+    """Scores every answer of a training rollout, and makes some."""
 
 
 @dataclass
@@ -59,6 +64,8 @@ class GenerationContext:
     """How often the group was begun anew in this rollout."""
     evaluation: str | None = None
     """Name of the evaluation data set; None while training."""
+    by_teacher: bool = False
+    """The teacher's engines answer."""
     _turn: int = field(default=0, repr=False)
 
     @property
@@ -68,7 +75,9 @@ class GenerationContext:
     @property
     def pool(self) -> EnginePool:
         """`await pool.generate(payload)` sends any /generate request; prefer `miles.rollout.generate.generate`."""
-        return self.runtime.pool
+        pool = self.runtime.teacher.pool if self.by_teacher and self.runtime.teacher else self.runtime.pool
+        assert pool is not None, "rows that nobody answers are not generated"
+        return pool
 
     @property
     def tokenizer(self) -> Any:

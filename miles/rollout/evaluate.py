@@ -80,7 +80,7 @@ class Evaluator:
 
         output = EvalOutput()
         groups_of: dict[str, list[asyncio.Task[SampleGroup]]] = {}
-        async with _first_error(), asyncio.TaskGroup() as tasks:
+        async with first_error(), asyncio.TaskGroup() as tasks:
             for dataset, prompts in due:
                 ledger = self._ledger(dataset, len(prompts), rollout_id)
                 groups_of[dataset.name] = []
@@ -129,7 +129,7 @@ def _sample(prompt: Prompt, group_index: int, index: int) -> Sample:
     )
 
 
-class _first_error:
+class first_error:
     """A TaskGroup raises its tasks' errors as a group; the first of them is what the policy meant."""
 
     async def __aenter__(self) -> None:

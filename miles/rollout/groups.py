@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from miles.errors import EngineError, WaitTimeout
-from miles.types import GREEDY_REWARD, Sample, SampleGroup, Status
+from miles.types import ANSWERED_BY, GREEDY_REWARD, Author, Sample, SampleGroup, Status
 
 from .context import GenerationContext, Runtime, installed
 from .failures import FailureLedger, explain
@@ -26,6 +26,7 @@ from .generate import generate_group
 from .rewards.scorer import RewardSource, Scorer, fail
 from .sampling import Sampling
 from .seeds import sample_seed
+from .teacher import TeacherEngines
 from .trajectory import check_rows, clone
 
 
@@ -45,12 +46,19 @@ class GroupJob:
     since: float = field(default_factory=time.monotonic)
     scoring_s: float = 0.0
     """Seconds from the last generated token to the last reward."""
+    teacher_s: float = 0.0
+    """Seconds from there until the teacher has scored the answers."""
 
     @property
     def group_index(self) -> int:
         index = self.pristine[0].group_index
         assert index is not None
         return index
+
+    @property
+    def by_teacher(self) -> bool:
+        """The teacher's engines answer it."""
+        return self.pristine[0].metadata.get(ANSWERED_BY) == Author.TEACHER
 
     def enter(self, phase: str) -> None:
         self.phase, self.since = phase, time.monotonic()
@@ -114,7 +122,14 @@ class GroupRunner:
             samplings.append(replace(job.sampling, temperature=0.0))
         contexts = [
             GenerationContext(
-                self._runtime, sampling, job.rollout_id, job.group_index, position, attempt, job.evaluation
+                self._runtime,
+                sampling,
+                job.rollout_id,
+                job.group_index,
+                position,
+                attempt,
+                job.evaluation,
+                by_teacher=job.by_teacher,
             )
             for position, sampling in enumerate(samplings)
         ]
@@ -130,10 +145,20 @@ class GroupRunner:
             )
             trajectories = [rows for rows, _ in results]
             tracebacks = [text for _, text in results if text]
+        if job.by_teacher:
+            for row in (row for rows in trajectories for row in rows):
+                # They are of a policy that is not trained.
+                row.rollout_log_probs, row.weight_versions = None, []
         if not any(row.status is Status.ABORTED for rows in trajectories for row in rows):
             job.enter("scoring")
             tracebacks += await self._score(job, contexts, trajectories)
             job.scoring_s = time.monotonic() - job.since
+            if self._runtime.teacher is not None and job.evaluation is None:
+                job.enter("at the teacher")
+                tracebacks += await self._ask_teacher(
+                    self._runtime.teacher, [row for rows in trajectories for row in rows]
+                )
+                job.teacher_s = time.monotonic() - job.since
             job.enter("scored")
             if job.with_greedy:
                 _hand_out(trajectories.pop(), trajectories)
@@ -167,6 +192,21 @@ class GroupRunner:
                     f"{self._hook_name} took longer than --custom-generate-timeout {self._hook_limit_s:g} s"
                 )
             return [_failed(original, context, error)], explain(error)
+
+    @staticmethod
+    async def _ask_teacher(teacher: TeacherEngines, rows: Sequence[Sample]) -> list[str]:
+        """Sets what the teacher says of each row; a row of which that cannot be had FAILED. Returns the failures' texts."""
+
+        async def ask(row: Sample) -> str:
+            try:
+                row.teacher = await teacher.score(row)
+            except (EngineError, WaitTimeout) as error:
+                fail(row, error)
+                return explain(error)
+            return ""
+
+        found = await asyncio.gather(*(ask(row) for row in rows if row.status is not Status.FAILED))
+        return [text for text in found if text]
 
     async def _score(
         self, job: GroupJob, contexts: Sequence[GenerationContext], trajectories: list[SampleGroup]

@@ -134,6 +134,8 @@ class GroupRollout:
             "rollout/generated_tokens": float(tokens),
             "perf/reward_latency": sum(slot.job.scoring_s for slot in kept) / len(kept),
         }
+        if self._runtime.teacher is not None:
+            metrics["perf/teacher_latency"] = sum(slot.job.teacher_s for slot in kept) / len(kept)
         return RolloutOutput([slot.task.result() for slot in kept], metrics)
 
     def _submit(self, rollout_id: int, ledger: FailureLedger) -> list[_Slot]:
@@ -174,6 +176,8 @@ class GroupRollout:
         _, left = await asyncio.wait(running, timeout=CANCEL_LIMIT_S)
         if left:
             logger.warning("%d groups did not end within %.0f s of being cancelled", len(left), CANCEL_LIMIT_S)
+        if self._runtime.pool is None:
+            return
         try:
             await self._runtime.pool.abort_all()
         except Exception:
@@ -191,4 +195,6 @@ def stall_limit_s(config: Config) -> float:
     request_s = config.sglang.sglang_request_timeout
     # A request may wait for room and be sent to three engines; a hook has one limit for everything.
     generate_s = flags.custom_generate_timeout if flags.custom_generate_function_path else 5 * request_s
-    return 3 * (generate_s + flags.rm_timeout * (1 + flags.rm_max_retries))
+    # A row may be answered and scored by the teacher, each a request that may wait for room and for an engine.
+    teacher_s = 8 * config.gkd.teacher_timeout if config.gkd.teacher_urls is not None else 0.0
+    return 3 * (generate_s + flags.rm_timeout * (1 + flags.rm_max_retries) + teacher_s)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from miles.config import Config, job_of, load_hook
 from miles.interfaces import Args, DataSource
-from miles.types import RolloutOutput
+from miles.types import RolloutOutput, Sample, SampleGroup
 
 from .answers import AnswerSource, author_metrics
 from .context import Runtime, find_eos_token_ids
 from .eval_prompts import load_eval_prompts
-from .evaluate import EvalOutput, Evaluator
+from .evaluate import EvalOutput, Evaluator, first_error
 from .filters import GroupFilter
 from .groups import GroupRunner
 from .loop import GroupRollout, Progress, stall_limit_s
@@ -20,6 +22,7 @@ from .preflight import hook_flags
 from .reward_setup import reward_pool
 from .rewards import remote
 from .rewards.scorer import Scorer
+from .teacher import TeacherEngines
 from .watchdog import LoopWatchdog
 
 if TYPE_CHECKING:
@@ -35,13 +38,25 @@ class Rollout:
     await rollout.close()
     """
 
-    def __init__(self, config: Config, *, source: DataSource, pool: EnginePool, tokenizer: Any, args: Args):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        source: DataSource,
+        pool: EnginePool | None,
+        tokenizer: Any,
+        args: Args,
+        teacher_key: str | None = None,
+    ):
+        """pool: None where the run has no engines. teacher_key: of the engines of --teacher-urls, if they ask for one."""
         self._config = config
         self._rows = job_of(config).rows
         if self._rows == "conversations":
             source = AnswerSource(source, config, tokenizer.decode)
         self._source = source
-        self._runtime = Runtime(config, args, pool, tokenizer, find_eos_token_ids(tokenizer, config.ckpt.hf_checkpoint))
+        eos = find_eos_token_ids(tokenizer, config.ckpt.hf_checkpoint)
+        teacher = TeacherEngines(config, tokenizer, key=teacher_key) if config.gkd.teacher_urls is not None else None
+        self._runtime = Runtime(config, args, pool, tokenizer, eos, teacher)
         self._stack = AsyncExitStack()
         self._loop: GroupRollout | None = None
         self._evaluator: Evaluator | None = None
@@ -54,7 +69,11 @@ class Rollout:
         Raises:
             HookError: a hook cannot be loaded, here or in a reward worker.
             DataError: an evaluation file is broken or empty.
+            ConfigError: the teacher's engines are not there, or not what the student can learn from.
         """
+        if (teacher := self._runtime.teacher) is not None:
+            self._stack.push_async_callback(teacher.close)
+            await teacher.check()
         config, flags = self._config, self._config.rollout
         hooks = {
             name: load_hook(path, flag=flag, parameters=parameters, is_async=is_async)
@@ -88,6 +107,19 @@ class Rollout:
         if self._rows == "conversations":
             output.metrics |= author_metrics(output.groups)
         return output
+
+    async def ask_teacher(self, groups: Sequence[SampleGroup]) -> None:
+        """Sets what the teacher on engines, where there is one, says of finished samples. Raises what its pool raises."""
+        teacher = self._runtime.teacher
+        if teacher is None:
+            return
+
+        async def ask(sample: Sample) -> None:
+            sample.teacher = await teacher.score(sample)
+
+        async with first_error(), asyncio.TaskGroup() as tasks:
+            for sample in (sample for group in groups for sample in group):
+                tasks.create_task(ask(sample))
 
     async def evaluate(self, rollout_id: int) -> EvalOutput:
         """Scores what is due with the weights that the engines hold; see `evaluate.Evaluator`."""

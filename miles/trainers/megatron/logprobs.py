@@ -104,7 +104,7 @@ class _TokenScores(torch.autograd.Function):
         kept = None
         for start in range(0, tokens, chunk):
             piece = slice(start, start + chunk)
-            table = _log_softmax(hidden[piece], weight[rows], scale[piece], vocabulary)
+            table = log_softmax_of(hidden[piece], weight[rows], scale[piece], vocabulary)
             log_probs[piece] = _pick(table, targets[piece], vocabulary)
             entropies[piece] = _entropy(table, vocabulary)
             if needs_grad and tokens <= chunk:
@@ -128,7 +128,7 @@ class _TokenScores(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, tokens, chunk):
             piece = slice(start, start + chunk)
-            table = kept if kept is not None else _log_softmax(hidden[piece], active, scale[piece], vocabulary)
+            table = kept if kept is not None else log_softmax_of(hidden[piece], active, scale[piece], vocabulary)
             # d log p_t / dz = scale (onehot_t - p);  d entropy / dz = -scale p (log p + entropy)
             slope = torch.zeros_like(scale[piece, None])
             if grad_log_probs is not None:
@@ -148,7 +148,7 @@ class _TokenScores(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, scale: Tensor, vocabulary: Vocabulary) -> Tensor:
+def log_softmax_of(hidden: Tensor, weight: Tensor, scale: Tensor, vocabulary: Vocabulary) -> Tensor:
     """[n, V] fp32 log-probs of this rank's tokens."""
     logits = torch.mm(hidden, weight.t()).float().mul_(scale[:, None])
     if not vocabulary.is_split:

@@ -23,6 +23,7 @@ from miles.errors import DataError
 from miles.types import TrainBatch
 
 from .attention import PackedSequences
+from .coarse import TopTokens
 from .context import TokenSplit
 
 #: All tokens of a micro-batch on one rank.
@@ -67,6 +68,8 @@ class MicroBatch:
     """[R] where each response token is in the batch's response columns."""
     preferences: Preferences | None
     """What the rows say of each other, in a preference job."""
+    teacher_top: TopTokens | None = None
+    """Of a teacher on engines."""
     own_answer: Tensor | None = None
     """[B] bool, of rows that the policy answered itself."""
     own: Tensor | None = None
@@ -184,6 +187,7 @@ def _pack_rows(
         rollout_log_probs=None if rollout is None else put(rollout[slots]),
         slots=put(slots, np.int64),
         preferences=_preferences(columns, rows, device),
+        teacher_top=_teacher_top(ragged, slots, device),
         own_answer=None if "own_answer" not in columns else put(columns["own_answer"][rows], np.bool_),
         own=own,
         channel=None if "channel" not in columns else put(columns["channel"][rows], np.int64),
@@ -219,6 +223,14 @@ def _part_of(split: TokenSplit, lengths: np.ndarray, tokens: np.ndarray, predict
     found = local[place[predictors]]
     own = np.flatnonzero(found >= 0)
     return _Part(axis[mine], padded, own, found[own])
+
+
+def _teacher_top(ragged: dict[str, np.ndarray], slots: np.ndarray, device: torch.device) -> TopTokens | None:
+    if "teacher_top_ids" not in ragged:
+        return None
+    ids = torch.from_numpy(ragged["teacher_top_ids"][slots].astype(np.int64))
+    log_probs = torch.from_numpy(ragged["teacher_top_log_probs"][slots].astype(np.float32))
+    return TopTokens(ids.to(device, non_blocking=True), log_probs.to(device, non_blocking=True))
 
 
 def _preferences(columns: dict[str, np.ndarray], rows: np.ndarray, device: torch.device) -> Preferences | None:

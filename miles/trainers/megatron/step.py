@@ -24,6 +24,7 @@ from miles.trainers.losses import Loss
 from miles.types import LossInputs, LossOutputs
 
 from . import cpu
+from .coarse import TopTokens, coarse_divergence
 from .context import whole
 from .logprobs import TokenScores, Vocabulary, is_first_choice, token_scores
 from .model import PolicyModel
@@ -79,7 +80,7 @@ class Passes:
         self._policy: PolicyModel = model[-1].module
         self._chunk_tokens, self._loss, self._teacher = chunk_tokens, loss, teacher
         self._use_rollout_logprobs = use_rollout_logprobs
-        self._vocabulary = self._my_vocabulary(vocab_size)
+        self._vocab_size, self._vocabulary = vocab_size, self._my_vocabulary(vocab_size)
         self.seen: Tensor | None = None
         """[response tokens of the batch]: where it is set, optimizer steps put the log-probs there that they compute."""
 
@@ -205,8 +206,19 @@ class Passes:
         wanted = self._loss.divergence
         if wanted is None:
             return None
-        assert self._teacher is not None, "checked at launch"
         student = self._predicting(batch, hidden)
+        if batch.teacher_top is not None:
+            found = coarse_divergence(
+                student,
+                self._policy.head_weight,
+                TopTokens(batch.own_of(batch.teacher_top.ids), batch.own_of(batch.teacher_top.log_probs)),
+                self._vocabulary,
+                vocab_size=self._vocab_size,
+                beta=wanted.beta,
+                chunk_tokens=self._chunk_tokens,
+            )
+            return self._whole(batch, found)
+        assert self._teacher is not None, "checked at launch"
         return self._teacher.divergence(
             batch, student, self._policy.head_weight, beta=wanted.beta, temperature=wanted.temperature
         )

@@ -268,7 +268,9 @@ class MegatronTrainer:
         metrics: dict[str, float] = {}
         teacher = scores = advantages = policy_mask = values = returns = None
         reference = self._reference_log_probs(batch, steps)
-        if grpo.use_opd:
+        if "teacher_log_probs" in batch.ragged:
+            teacher = torch.from_numpy(batch.ragged["teacher_log_probs"]).to(self.parallel.device)
+        elif grpo.use_opd:
             assert self._teacher is not None, "checked at launch"
             with self._timers.phase("teacher_log_probs"):
                 teacher = self._teacher.log_probs(flat, num_tokens)

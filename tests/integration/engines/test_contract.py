@@ -203,6 +203,33 @@ def test_a_greedy_answer_takes_the_likeliest_tokens_with_log_probs_at_temperatur
     torch.testing.assert_close(log_probs_of(reply), expected, atol=1e-5, rtol=0)
 
 
+def test_a_prompt_that_nothing_is_asked_after_tells_its_log_probs_and_likeliest_tokens(engine, old_model):
+    """What a teacher is asked for: of the tokens after `logprob_start_len`, with their texts."""
+    engine.publish(old_model[1], "0")
+    prompt, start = [5, 6, 7, 8, 9, 10, 11], 2
+    with torch.no_grad():
+        table = torch.log_softmax(old_model[1](torch.tensor([prompt])).logits[0, start:-1].double(), -1)
+    reply = engine.generate(
+        input_ids=prompt,
+        sampling_params={"max_new_tokens": 0, "temperature": 1.0},
+        logprob_start_len=start,
+        top_logprobs_num=5,
+        return_text_in_logprobs=True,
+    )
+    meta = reply["meta_info"]
+    own = meta["input_token_logprobs"][-len(table) :]
+    assert [entry[1] for entry in own] == prompt[start + 1 :]
+    assert [entry[2] for entry in own] == [make_tokenizer().decode([token]) for token in prompt[start + 1 :]]
+    expected = table.gather(1, torch.tensor(prompt[start + 1 :])[:, None])[:, 0]
+    found = torch.tensor([entry[0] for entry in own], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for entries, row in zip(meta["input_top_logprobs"][-len(table) :], table, strict=True):
+        values, ids = row.topk(5)
+        assert [entry[1] for entry in entries] == ids.tolist()
+        found = torch.tensor([entry[0] for entry in entries], dtype=torch.float64)
+        torch.testing.assert_close(found, values, atol=1e-5, rtol=0)
+
+
 def test_a_group_and_a_batch_come_back_in_order_under_their_ids(engine):
     params = {"max_new_tokens": 2, "ignore_eos": True}
     group = engine.generate(input_ids=PROMPT, sampling_params={**params, "n": 3})

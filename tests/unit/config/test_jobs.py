@@ -100,7 +100,7 @@ def test_engines_answer_rows_of_distillation_where_the_student_has_a_share() -> 
         (
             {"gkd_lmbda": 0.5, "loss_scale": "all"},
             "--loss-scale, got all: where every message trains, nothing is left to answer; take assistant or last_round, or "
-            "leave --gkd-lmbda out",
+            "leave --gkd-lmbda and --gkd-seq-kd out",
         ),
     ],
 )

@@ -35,6 +35,9 @@ def source_of(data: PromptData) -> RolloutDataSource:
     return RolloutDataSource(data, n_samples_per_prompt=1, shuffle=False, seed=0)
 
 
+AT_TEACHER: dict[str, Any] = {"teacher_load": None, "teacher_urls": ("http://t:1",), "gkd_seq_kd": True}
+
+
 def gkd(**flags: Any) -> Any:
     base = {
         "loss_type": "gkd",
@@ -46,18 +49,23 @@ def gkd(**flags: Any) -> Any:
     return make_config(**{**base, **flags})
 
 
+def drawn(number: int, **flags: Any) -> list[Author]:
+    return [author_of(i, config) for config in [gkd(**flags)] for i in range(number)]
+
+
 def test_the_draw_depends_on_seed_and_group_alone_and_keeps_the_share() -> None:
-    drawn = [author_of(i, seed=7, student_share=0.3) for i in range(4000)]
-    assert drawn == [author_of(i, seed=7, student_share=0.3) for i in range(4000)]
-    assert drawn != [author_of(i, seed=8, student_share=0.3) for i in range(4000)]
+    found = drawn(4000, gkd_lmbda=0.3)
+    assert found == drawn(4000, gkd_lmbda=0.3)
+    assert found != drawn(4000, gkd_lmbda=0.3, rollout_seed=8)
     # Four standard deviations of a binomial share.
-    assert drawn.count(Author.STUDENT) / 4000 == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 4000) ** 0.5)
-    assert {author_of(i, seed=7, student_share=1.0) for i in range(99)} == {Author.STUDENT}
-    assert {author_of(i, seed=7, student_share=0.0) for i in range(99)} == {Author.DATA}
+    assert found.count(Author.STUDENT) / 4000 == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 4000) ** 0.5)
+    assert set(drawn(99, gkd_lmbda=1.0)) == {Author.STUDENT}
+    assert set(drawn(99, gkd_lmbda=0.0)) == {Author.DATA}
+    assert set(drawn(99, **AT_TEACHER)) == {Author.STUDENT, Author.TEACHER}
 
 
 def test_a_larger_share_takes_more_rows_and_gives_none_back() -> None:
-    of = [{i for i in range(500) if author_of(i, seed=1, student_share=s) is Author.STUDENT} for s in (0.2, 0.5, 0.9)]
+    of = [{i for i, who in enumerate(drawn(500, gkd_lmbda=s)) if who is Author.STUDENT} for s in (0.2, 0.5, 0.9)]
     assert of[0] < of[1] < of[2]
 
 
@@ -88,6 +96,8 @@ def test_rows_are_reported_by_their_channels_or_else_by_who_answered() -> None:
     assert training_channels(gkd(), rows()) == ("data", "student")
     assert training_channels(gkd(gkd_lmbda=1.0), rows()) == ("student",)
     assert training_channels(gkd(gkd_lmbda=0.0), rows()) == ()
+    assert training_channels(gkd(**AT_TEACHER), rows()) == ("teacher", "student")
+    assert training_channels(gkd(**AT_TEACHER, gkd_lmbda=0.0), rows()) == ("teacher",)
     ((sample,),) = AnswerSource(source_of(rows(channel="math")), gkd(), Digits().decode).get_samples(1)
     assert sample.metadata[CHANNEL] == "math"
 
