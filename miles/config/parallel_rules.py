@@ -111,12 +111,17 @@ def experts_of_tensor_ranks_need_sequences(facts: Facts) -> Iterator[Problem]:
         yield Problem(_TENSOR, sizes.tensor, why, "add --sequence-parallel")
 
 
-def pipeline_needs_shapes_that_vary(facts: Facts) -> Iterator[Problem]:
+def dispatcher_knows_sizes_that_differ(facts: Facts) -> Iterator[Problem]:
     model, sizes = facts.config.model, _sizes(facts)
-    if model.num_experts is None or sizes is None or sizes.pipeline == 1:
+    if model.num_experts is None or sizes is None or model.moe_token_dispatcher_type != "allgather":
         return
-    if model.moe_token_dispatcher_type == "allgather":
-        why = "it knows micro-batches of one size alone, and those of a pipeline here differ in tokens"
+    reason = None
+    if sizes.pipeline > 1:
+        reason = "pipeline stages send micro-batches that differ in tokens"
+    elif sizes.expert * sizes.expert_tensor > sizes.tensor * sizes.context:
+        reason = "ranks that share the experts have other rows, hence other numbers of tokens"
+    if reason is not None:
+        why = f"{reason}, and it gathers equal ones alone"
         yield Problem("--moe-token-dispatcher-type", "allgather", why, "use alltoall")
 
 
@@ -180,7 +185,7 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     stages_divide_layers,
     expert_ranks_divide_experts,
     experts_of_tensor_ranks_need_sequences,
-    pipeline_needs_shapes_that_vary,
+    dispatcher_knows_sizes_that_differ,
     virtual_stages_are_said_once,
     pipeline_flags_need_pipeline,
     overlap_needs_parts,

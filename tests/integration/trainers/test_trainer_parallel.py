@@ -1,7 +1,7 @@
 """Every way of sharing a model over ranks trains as plain HF does: log-probs, losses, gradient norms, weights after five steps.
 
 Real processes and gloo, through the trainer that a run uses; packed rows of unequal lengths, stale log-probs with ratios from
-0.7 to 1.4, fp32. AdamW with lr 1e-3, betas 0.9 and 0.98, eps 1e-6 and weight decay 0.1 on matrices, gradients clipped to 0.5.
+0.7 to 1.4, fp32. AdamW with lr 1e-3, betas 0.9 and 0.98, eps 1e-5 and weight decay 0.1 on matrices, gradients clipped to 0.5.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from miles.config.parallel import parallel_sizes
 from miles.types import TrainBatch
@@ -29,7 +30,7 @@ from .trainer_tools import (
 )
 
 _STEPS = 5
-_OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "adam_eps": 1e-6, "weight_decay": 0.1, "clip_grad": 0.5}
+_OPTIMIZER: dict[str, Any] = {"lr": 1e-3, "adam_eps": 1e-5, "weight_decay": 0.1, "clip_grad": 0.5}
 _FLAGS: dict[str, Any] = {**_OPTIMIZER, "use_rollout_logprobs": True, "eps_clip": 0.2, "log_probs_chunk_size": 16}
 _LENGTHS = [(5, 2), (9, 4), (30, 20), (17, 16), (12, 5), (3, 1), (41, 25), (9, 4)]
 
@@ -54,9 +55,10 @@ class Plain(NamedTuple):
 
 
 @functools.cache
-def _plain(root: Path, tied: bool) -> Plain:
-    model = make_hf("qwen3", tied=tied, num_hidden_layers=4)
-    path = root / f"hf-{tied}"
+def _plain(root: Path, kind: str) -> Plain:
+    tied = kind == "tied"
+    model = make_hf("qwen3_moe" if kind == "experts" else "qwen3", tied=tied, num_hidden_layers=4)
+    path = root / f"hf-{kind}"
     model.save_pretrained(path)
     rng = np.random.default_rng(0)
     batches = []
@@ -68,7 +70,7 @@ def _plain(root: Path, tied: bool) -> Plain:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-5)
     found = Trained([], [], [], {})
     for batch in batches:
         optimizer.zero_grad()
@@ -80,8 +82,8 @@ def _plain(root: Path, tied: bool) -> Plain:
         found.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         found.losses.append(float(loss))
         optimizer.step()
-    named = model.state_dict()
-    found.weights.update({name: named[name].clone() for name in named if not (tied and name == "lm_head.weight")})
+    model.save_pretrained(root / f"trained-{kind}")
+    found.weights.update(load_file(root / f"trained-{kind}" / "model.safetensors"))
     return Plain(path, batches, found)
 
 
@@ -130,32 +132,43 @@ def _flags(tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, sp: bool = False
     }
 
 
-_CASES: dict[str, tuple[int, bool, dict[str, Any]]] = {
-    "tp2": (2, False, _flags(tp=2)),
-    "tp2-sp": (2, True, _flags(tp=2, sp=True)),
-    "dp2": (2, True, _flags()),
-    "dp2-distopt": (2, True, _flags(use_distributed_optimizer=True)),
+_CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "tp2": (2, "untied", _flags(tp=2)),
+    "tp2-sp": (2, "tied", _flags(tp=2, sp=True)),
+    "dp2": (2, "tied", _flags()),
+    "dp2-distopt": (2, "tied", _flags(use_distributed_optimizer=True)),
     "dp2-overlap": (
         2,
-        False,
+        "untied",
         _flags(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
     ),
-    "pp2": (2, False, _flags(pp=2)),
-    "pp2-tied": (2, True, _flags(pp=2)),
-    "pp2-uneven": (2, False, _flags(pp=2, decoder_first_pipeline_num_layers=1)),
-    "pp2-vpp2": (2, True, _flags(pp=2, vpp=2)),
-    "cp2": (2, False, _flags(cp=2)),
-    "tp2-pp2-dp2-sp-distopt": (8, True, _flags(tp=2, pp=2, sp=True, use_distributed_optimizer=True)),
-    "tp2-cp2-sp-distopt": (4, False, _flags(tp=2, cp=2, sp=True, use_distributed_optimizer=True)),
-    "tp2-cp2-pp2-sp": (8, True, _flags(tp=2, cp=2, pp=2, vpp=2, sp=True, use_distributed_optimizer=True)),
+    "pp2": (2, "untied", _flags(pp=2)),
+    "pp2-tied": (2, "tied", _flags(pp=2)),
+    "pp2-uneven": (2, "untied", _flags(pp=2, decoder_first_pipeline_num_layers=1)),
+    "pp2-vpp2": (2, "tied", _flags(pp=2, vpp=2)),
+    "cp2": (2, "untied", _flags(cp=2)),
+    "tp2-pp2-dp2-sp-distopt": (8, "tied", _flags(tp=2, pp=2, sp=True, use_distributed_optimizer=True)),
+    "tp2-cp2-sp-distopt": (4, "untied", _flags(tp=2, cp=2, sp=True, use_distributed_optimizer=True)),
+    "ep2": (2, "experts", _flags(expert_model_parallel_size=2)),
+    "tp2-ep2-sp": (2, "experts", _flags(tp=2, sp=True, expert_model_parallel_size=2)),
+    "tp2-etp2-sp": (
+        2,
+        "experts",
+        _flags(tp=2, sp=True, expert_tensor_parallel_size=2, moe_token_dispatcher_type="allgather"),
+    ),
+    "tp2-cp2-pp2-vpp2-ep2-sp-distopt": (
+        8,
+        "experts",
+        _flags(tp=2, cp=2, pp=2, vpp=2, sp=True, expert_model_parallel_size=2, use_distributed_optimizer=True),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", _CASES)
 def test_a_shared_model_trains_as_hf_does(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
-    world_size, tied, flags = _CASES[name]
+    world_size, kind, flags = _CASES[name]
     flags = {**flags, "actor_num_gpus_per_node": world_size}
-    plain = _plain(tmp_path_factory.getbasetemp(), tied)
+    plain = _plain(tmp_path_factory.getbasetemp(), kind)
     expected = plain.trained
     ranks = run_ranks(world_size, _train, plain.path, plain.path.parent, flags, plain.batches)
     sizes = parallel_sizes(config_for(plain.path, **flags))

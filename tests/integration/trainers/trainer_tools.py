@@ -23,6 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from miles.config import Config, make_config
@@ -49,6 +51,10 @@ def make_hf(kind: str, *, tied: bool = False, seed: int = 0, **other_sizes: Any)
     sizes = {**_SIZES, **other_sizes}
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16, tie_word_embeddings=tied))
+    elif kind == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+        options = {"head_dim": 16, "tie_word_embeddings": tied, "router_aux_loss_coef": 0.0}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **options))
     elif kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied))
     else:

@@ -18,6 +18,7 @@ _MODEL: dict[str, Any] = {
     **{"num_layers": 12, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4},
     **{"kv_channels": 8, "vocab_size": 100, "max_position_embeddings": 64},
 }
+_EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 _HEADS = "and 4 / 3 is no whole number; give a divisor of 4"
 
 
@@ -92,6 +93,41 @@ _HEADS = "and 4 / 3 is no whole number; give a divisor of 4"
         (
             {"optimizer": "sgd", "use_distributed_optimizer": True},
             "--use-distributed-optimizer: megatron shares the state of Adam, not of sgd; use --optimizer adam",
+        ),
+        (
+            {"expert_model_parallel_size": 2, "actor_num_gpus_per_node": 2},
+            "--expert-model-parallel-size, got 2: the model has no experts; leave it out",
+        ),
+        (
+            {**_EXPERTS, "expert_model_parallel_size": 3, "actor_num_gpus_per_node": 3},
+            "--expert-model-parallel-size, got 3: the model has 4 experts, and 4 / 3 is no whole number; give a divisor of 4",
+        ),
+        (
+            {**_EXPERTS, "expert_model_parallel_size": 2, "actor_num_gpus_per_node": 3},
+            "--expert-model-parallel-size, got 2: 3 ranks hold the same layers, and expert tensor 1 x expert 2 = 2; give sizes",
+        ),
+        (
+            {**_EXPERTS, "tensor_model_parallel_size": 2, "actor_num_gpus_per_node": 2},
+            "--tensor-model-parallel-size, got 2: tensor-parallel ranks would send the same tokens to the experts; add "
+            "--sequence-parallel",
+        ),
+        (
+            {
+                **_EXPERTS,
+                "expert_model_parallel_size": 2,
+                "actor_num_gpus_per_node": 2,
+                "moe_token_dispatcher_type": "allgather",
+            },
+            "--moe-token-dispatcher-type, got allgather: ranks that share the experts have other rows",
+        ),
+        (
+            {
+                **_EXPERTS,
+                "pipeline_model_parallel_size": 2,
+                "actor_num_gpus_per_node": 2,
+                "moe_token_dispatcher_type": "allgather",
+            },
+            "--moe-token-dispatcher-type, got allgather: pipeline stages send micro-batches that differ in tokens",
         ),
     ],
 )
