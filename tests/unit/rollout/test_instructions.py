@@ -14,6 +14,7 @@ from miles.rollout import label_required
 from miles.rollout.rewards import find, registry
 from miles.rollout.rewards.instructions import bound_checks
 from miles.rollout.rewards.instructions.catalogue import checks
+from miles.rollout.rewards.instructions.language import speaks
 from miles.rollout.rewards.instructions.text import count_sentences
 from miles.types import Sample
 
@@ -195,6 +196,53 @@ def test_arguments_that_are_null_are_those_of_other_instructions() -> None:
     assert [check("a") for _, check in bound_checks(metadata)] == [True]
     assert label_required(make_config(rm_type="ifeval"))(metadata) is False
     assert bound_checks({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]})[0][1]("a")
+
+
+#: The cat sat on the mat and looked at the moon, in the languages that IFEval asks for.
+CAT = {
+    "en": "The cat sat on the mat and looked at the moon.",
+    "es": "El gato se sentó en la alfombra y miró la luna.",
+    "pt": "O gato sentou-se no tapete e olhou para a lua.",
+    "ar": "جلست القطة على السجادة ونظرت إلى القمر.",
+    "hi": "बिल्ली चटाई पर बैठी और चाँद को देखा।",
+    "fr": "Le chat est assis sur le tapis et regarde la lune.",
+    "ru": "Кошка сидела на коврике и смотрела на луну.",
+    "de": "Die Katze saß auf der Matte und sah den Mond an.",
+    "ja": "猫はマットの上に座って月を見た。",
+    "it": "Il gatto si sedette sul tappeto e guardò la luna.",
+    "bn": "বিড়ালটি মাদুরের উপর বসে চাঁদের দিকে তাকাল।",
+    "uk": "Кішка сиділа на килимку і дивилася на місяць.",
+    "th": "แมวนั่งบนเสื่อและมองดูดวงจันทร์",
+    "ur": "بلی چٹائی پر بیٹھی اور چاند کو دیکھا۔",
+    "ta": "பூனை பாயில் அமர்ந்து நிலவைப் பார்த்தது.",
+    "te": "పిల్లి చాప మీద కూర్చుని చంద్రుడిని చూసింది.",
+    "bg": "Котката седеше на килима и гледаше луната.",
+    "ko": "고양이가 매트 위에 앉아 달을 바라보았다.",
+    "pl": "Kot usiadł na macie i spojrzał na księżyc.",
+    "he": "החתול ישב על השטיח והביט בירח.",
+    "fa": "گربه روی فرش نشست و به ماه نگاه کرد.",
+    "vi": "Con mèo ngồi trên thảm và nhìn lên mặt trăng.",
+    "ne": "बिरालो चटाईमा बस्यो र चन्द्रमालाई हेर्यो।",
+    "sw": "Paka alikaa kwenye mkeka na kuangalia mwezi.",
+    "kn": "ಬೆಕ್ಕು ಚಾಪೆಯ ಮೇಲೆ ಕುಳಿತು ಚಂದ್ರನನ್ನು ನೋಡಿತು.",
+    "mr": "मांजर चटईवर बसली आणि चंद्राकडे पाहिले.",
+    "gu": "બિલાડી સાદડી પર બેઠી અને ચંદ્ર તરફ જોયું.",
+    "pa": "ਬਿੱਲੀ ਚਟਾਈ ਤੇ ਬੈਠੀ ਅਤੇ ਚੰਦ ਵੱਲ ਦੇਖਿਆ।",
+    "ml": "പൂച്ച പായയിൽ ഇരുന്നു ചന്ദ്രനെ നോക്കി.",
+    "fi": "Kissa istui matolla ja katsoi kuuta.",
+    "zh": "猫坐在垫子上看着月亮。",
+}
+
+
+@pytest.mark.parametrize("code", CAT)
+def test_a_sentence_is_in_its_language_and_in_none_that_is_not_near(code: str) -> None:
+    near = {"ru": {"bg"}}.get(code, set())
+    assert {other for other in CAT if speaks(CAT[code], other)} == {code} | near
+    assert speaks(CAT[code].upper(), code)
+
+
+def test_short_english_is_english() -> None:
+    assert all(speaks(text, "en-US") for text in ("Yes", "HELLO WORLD", "An example.", "my answer is yes."))
 
 
 @pytest.mark.parametrize("piece", ['."', "[", "*", "<", "P.", "A-", "。", "1,", "<<a ", "\n* a\u0301"])

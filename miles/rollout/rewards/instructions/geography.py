@@ -5,8 +5,8 @@ from __future__ import annotations
 #: As the names are written, in lower case without accents; other names of the same country after a slash.
 _COUNTRIES = """
 algeria, angola, benin, botswana, burkina faso, burundi, cabo verde / cape verde, cameroon, central african republic, chad,
-comoros, congo / republic of the congo / congo republic / congo brazzaville,
-democratic republic of the congo / democratic republic of congo / dr congo / congo democratic republic of the / congo kinshasa,
+comoros, congo / republic of the congo / congo republic / congo republic of the / congo brazzaville,
+democratic republic of the congo / democratic republic of congo / dr congo / congo democratic republic of the / congo kinshasa / congo democratic republic,
 cote d'ivoire / ivory coast, djibouti, egypt, equatorial guinea, eritrea, eswatini / swaziland, ethiopia, gabon, gambia, ghana,
 guinea, guinea-bissau / guinea bissau, kenya, lesotho, liberia, libya, madagascar, malawi, mali, mauritania, mauritius, morocco,
 mozambique, namibia, niger, nigeria, rwanda, sao tome and principe / sao tome principe, senegal, seychelles, sierra leone, somalia, south africa,

@@ -111,8 +111,8 @@ def stairs(text: str) -> bool:
 
 @instruction("format:quote_unquote")
 def quotes_are_explained(text: str) -> bool:
-    """Words outside quotation marks follow each quotation, and there is one."""
-    parts = regex.split(r'["“”]', text)
+    """Words outside quotation marks follow each quotation, and there is one. A mark that is itself quoted, '"', begins none."""
+    parts = regex.split(r'["“”]', text.replace("'\"'", ""))
     after = parts[2::2]
     return bool(after) and len(parts) % 2 == 1 and all(map(words, after))
 
@@ -138,7 +138,7 @@ def theses_in_italics(text: str) -> bool:
     for line in full_lines(text):
         if _HEADING.match(line):
             sections.append([])
-        elif len(sections) > 1 or sections[0] or _THESIS.match(line):
+        elif len(sections) > 1 or sections[0] or line.lstrip().startswith(("<i>", "<em>")):
             sections[-1].append(line)
     bodies = ["\n".join(section) for section in sections[len(sections) > 1 :] if section]
     theses = [(_THESIS.match(body), body) for body in bodies]
@@ -230,13 +230,24 @@ def _ascii(text: str) -> str:
     return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
 
 
+def _country(line: str) -> tuple[str, int] | None:
+    """(name as it is written, country); what stands in brackets after a name may be another one."""
+    name, known = (
+        " ".join(lower_words(part)) for part in (_ascii(unmarked(line)), _ascii(unmarked(line)).split("(")[0])
+    )
+    country = AFRICAN_COUNTRIES.get(name.removeprefix("the "), AFRICAN_COUNTRIES.get(known.removeprefix("the ")))
+    return None if country is None else (name, country)
+
+
 @instruction("custom:reverse_newline")
 def african_countries_reversed(text: str) -> bool:
-    """52 of the 54 countries at least, each on a line of its own, from Zimbabwe backwards. Other lines are left out."""
-    names = [" ".join(lower_words(_ascii(unmarked(line)))).removeprefix("the ") for line in full_lines(text)]
-    found = [name for name in names if name in AFRICAN_COUNTRIES]
-    countries = {AFRICAN_COUNTRIES[name] for name in found}
-    return len(countries) >= 52 and all(before > after for before, after in pairwise(found))
+    """52 of the 54 countries at least, each on a line of its own, from Zimbabwe backwards. Other lines are left out; "the"
+    counts for the order or does not."""
+    found = list(filter(None, map(_country, full_lines(text))))
+    written = [name for name, _ in found]
+    bare = [name.removeprefix("the ") for name in written]
+    reverse = any(all(before > after for before, after in pairwise(names)) for names in (written, bare))
+    return reverse and len({country for _, country in found}) >= 52
 
 
 @instruction("custom:word_reverse")
