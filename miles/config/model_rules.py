@@ -72,7 +72,22 @@ def balancing_is_of_packed_sequences(facts: Facts) -> Iterator[Problem]:
         )
 
 
+def ranks_share_what_can_be_shared(facts: Facts) -> Iterator[Problem]:
+    model, perf = facts.config.model, facts.config.perf
+    if model.linear_attention_freq is not None and perf.context_parallel_size > 1:
+        why = "the state of linear attention goes through the whole sequence"
+        yield Problem("--context-parallel-size", perf.context_parallel_size, why, "leave it at 1")
+    heads, ranks = model.linear_num_key_heads, perf.tensor_model_parallel_size
+    if heads is not None and ranks > 0 and heads % ranks:
+        why = f"the model has {heads} key heads of linear attention, and {heads} / {ranks} is no whole number"
+        yield Problem("--tensor-model-parallel-size", ranks, why, f"give a divisor of {heads}")
+    if model.num_experts is not None and model.disable_bias_linear is False and perf.expert_tensor_parallel_size > 1:
+        why = "each rank of an expert would add its bias"
+        yield Problem("--expert-tensor-parallel-size", perf.expert_tensor_parallel_size, why, "leave it at 1")
+
+
 MODEL_RULES: tuple[Rule, ...] = (
+    ranks_share_what_can_be_shared,
     patterns_are_of_the_layers,
     window_is_before_a_token,
     expert_flags_need_experts,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -383,6 +383,12 @@ model_kinds.register("gpt_oss")(
         _in_layer(_EXPERT + "linear_fc2.bias", ["mlp.experts.down_proj_bias"], Whole(), stacked=True),
     )
 )
+
+
+def trained_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and what else of a model has an HF name: the biases by which routers choose experts."""
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias"))
 
 
 #: Beginnings of names that stay as they are: a vision tower, and what predicts further tokens.

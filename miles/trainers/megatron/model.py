@@ -46,7 +46,7 @@ from miles.errors import ConfigError, HookError
 from .attention import PackedCoreAttention, PackedSelfAttention, uses_flash_attn
 from .latent import latent_attention_spec
 from .layers import GatedMLP, LayerNorm, PackedLayer, PostNormLayer, RMSNorm, ZeroCentredRMSNorm
-from .moe import Router, moe_fields, moe_spec
+from .moe import Router, mark_experts, moe_fields, moe_spec
 from .parallel import Parallel
 from .rope import inverse_frequencies, yarn_mscale
 
@@ -356,6 +356,7 @@ def _build(kind: type[M], config: Config, parallel: Parallel) -> list[M]:
     ]
     for piece in pieces:
         _mark_shards(piece)
+        mark_experts(piece)
         if model.use_rotary_position_embeddings and not model.multi_latent_attention:
             piece.rotary_pos_emb.inv_freq = _frequencies(config)[0].to(device)
     return pieces

@@ -20,12 +20,11 @@ from miles.trainers import checkpoints
 
 from . import checkpoint
 from .hf_files import HfReader, is_hf_directory, read_config
-from .hf_names import UNTRAINED, Match, NameMap, Shape
+from .hf_names import UNTRAINED, Match, NameMap, Shape, trained_tensors
 from .model import ScalarModel, padded_vocab_size
 from .parallel import Parallel
 
 _SCORE, _OUTPUT = "score.weight", "lm_head.weight"
-_EXPERT_BIAS = ".router.expert_bias"
 #: Of megatron; where they are tied, the last of several pipeline stages has a copy of the embedding as its output layer.
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -113,7 +112,7 @@ class ModelWeights:
 
     def _sent(self, part: GPTModel) -> Iterator[tuple[str, Tensor]]:
         """Tensors that are no copy of another's."""
-        return ((name, tensor) for name, tensor in _tensors(part) if not (self._tied and name == _HEAD))
+        return ((name, tensor) for name, tensor in trained_tensors(part) if not (self._tied and name == _HEAD))
 
     @torch.no_grad()
     def _load_hf(self, path: str | Path) -> None:
@@ -121,7 +120,7 @@ class ModelWeights:
         # Names of experts that other ranks read.
         elsewhere: set[str] = set()
         for part in self._model:
-            for name, param in _tensors(part):
+            for name, param in trained_tensors(part):
                 if self._is_scalar and name == _SCORE and _SCORE not in reader:
                     self._reset_head()
                     continue
@@ -219,12 +218,6 @@ class ModelWeights:
     @staticmethod
     def _offset(part: GPTModel) -> int:
         return int(get_transformer_layer_offset(part.config, part.vp_stage))
-
-
-def _tensors(part: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and what else of the model a checkpoint holds: the biases by which routers choose experts."""
-    yield from part.named_parameters()
-    yield from ((name, buffer) for name, buffer in part.named_buffers() if name.endswith(_EXPERT_BIAS))
 
 
 def _delta_rows(model: ModelArgs) -> tuple[int, int, int, int]:

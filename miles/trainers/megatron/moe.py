@@ -80,6 +80,20 @@ class Router(TopKRouter):
         return scaled
 
 
+def mark_experts(model: torch.nn.Module) -> None:
+    """Gradients of experts are summed once, over the ranks that hold the same ones, and all of them count in the norm.
+
+    Megatron says so only of weights, and only where experts are shared out. Where each tensor-parallel rank holds all experts,
+    and a part of the tokens, it would not sum weights at all, sum biases twice, and count those on one rank alone.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False
+                parameter.sequence_parallel = False
+                parameter.tensor_model_parallel = True
+
+
 def set_step_tokens(transformer: TransformerConfig, tokens_of_micro_batches: Iterable[int]) -> None:
     """Tells routers how many tokens their optimizer step has on all ranks. Every rank calls it; a no-op without balancing."""
     if transformer.num_moe_experts is None or not transformer.moe_aux_loss_coeff:

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .hf_names import trained_tensors
+
 
 class ReferenceWeights:
     """The frozen reference, awake inside `awake()`. Made while the model holds the reference's weights."""
 
     def __init__(self, model: Iterable[torch.nn.Module]):
-        self._params = [param for part in model for param in part.parameters()]
+        self._params = [tensor for part in model for _, tensor in trained_tensors(part)]
         self._reference = [_host_copy(p) for p in self._params]
         # The actor's place to sleep; on a CPU its own memory is that place.
         self._actor = [_host_copy(p) for p in self._params if p.is_cuda]

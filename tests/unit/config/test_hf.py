@@ -284,6 +284,25 @@ def test_flags_of_experts(flags: dict[str, Any], line: str, tmp_path: Path) -> N
     refused({"hf_checkpoint": str(tmp_path), **flags}, line)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "line"),
+    [
+        ("qwen3_next", {"context_parallel_size": 2}, "--context-parallel-size, got 2: the state of linear attention"),
+        (
+            "qwen3_next",
+            {"linear_num_key_heads": 16, "tensor_model_parallel_size": 32},
+            "--tensor-model-parallel-size, got 32: the model has 16 key heads of linear attention, and 16 / 32",
+        ),
+        ("gpt_oss", {"expert_tensor_parallel_size": 2}, "--expert-tensor-parallel-size, got 2: each rank of an expert"),
+    ],
+)
+def test_what_ranks_cannot_share(kind: str, flags: dict[str, Any], line: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_COMPLETE[kind]))
+    with pytest.raises(ConfigError) as caught:
+        make_config(hf_checkpoint=str(tmp_path), actor_num_gpus_per_node=32, **flags)
+    assert any(text.startswith(line) for text in str(caught.value).splitlines())
+
+
 def test_a_dense_model_has_no_flags_of_experts(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BASE | {"model_type": "qwen3"}))
     line = "--moe-router-dtype, got fp64: the model has no experts"
