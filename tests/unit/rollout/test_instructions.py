@@ -198,6 +198,15 @@ def test_arguments_that_are_null_are_those_of_other_instructions() -> None:
     assert bound_checks({"instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]})[0][1]("a")
 
 
+@pytest.mark.parametrize(
+    "text", ["", "\n", "\ud800", "\x00", "\ufeff", "²", "İ", "\u2028", "'", "***", "١٢٣", "😀\u200d", "。"]
+)
+def test_every_instruction_judges_every_text(text: str) -> None:
+    for name, kwargs, hold, _ in CASES:
+        [(_, check)] = bound_checks(row(name, **kwargs))
+        assert {type(check(odd)) for odd in (text, text + hold[0], hold[0] + text)} == {bool}, name
+
+
 #: The cat sat on the mat and looked at the moon, in the languages that IFEval asks for.
 CAT = {
     "en": "The cat sat on the mat and looked at the moon.",

@@ -7,7 +7,7 @@ import re
 
 from .catalogue import compare, instruction
 from .language import speaks
-from .text import count_keyword, count_runs, count_sentences, words
+from .text import count_keyword, count_runs, count_sentences, paragraphs, words
 
 # -------------------------------------------------------------------------------------------------------------- keywords
 
@@ -48,8 +48,8 @@ def number_of_words(text: str, *, num_words: float, relation: str) -> bool:
 @instruction("length_constraints:number_paragraphs")
 def number_of_paragraphs(text: str, *, num_paragraphs: float) -> bool:
     """Paragraphs are parted by `***`; one that is empty breaks the rule, unless it is the first or the last."""
-    parts = [part.strip() for part in text.split("***")]
-    return all(parts[1:-1]) and sum(map(bool, parts)) == num_paragraphs
+    parts = paragraphs(text, "***")
+    return parts is not None and len(parts) == num_paragraphs
 
 
 @instruction("length_constraints:nth_paragraph_first_word")
@@ -131,9 +131,8 @@ def has_title(text: str) -> bool:
 @instruction("combination:two_responses")
 def has_two_responses(text: str) -> bool:
     """Two different ones, parted by six asterisks."""
-    parts = [part.strip() for part in text.split("******")]
-    full = [part for part in parts if part]
-    return all(parts[1:-1]) and len(full) == 2 and full[0] != full[1]
+    parts = paragraphs(text, "******") or []
+    return len(parts) == len(set(parts)) == 2
 
 
 @instruction("combination:repeat_prompt")
