@@ -9,6 +9,8 @@
 # From the environment:
 #   HF_CHECKPOINT  Hugging Face directory of the student; without it the tiny model and its task are made (.miles/) and used
 #   TEACHER        Hugging Face directory of the teacher, with the same tokens; for the tiny model one is made by run_qwen3_sft.sh
+#   TEACHER_URLS   in its place: engines that serve the teacher, http://HOST:PORT ...; their key is MILES_TEACHER_API_KEY
+#   GKD_LMBDA      share of the rows that the student answers itself; 0 where it is not set
 #   GKD_DATA       JSONL or parquet with the column `messages`, or `prompt` and `completion`; needed with HF_CHECKPOINT
 #   EVAL_DATA      `NAME FILE`, repeated, of held-out rows in the same form
 #   NUM_GPUS, MODEL, CKPT_DIR, TINY_SEED, RAY_ADDRESS, TORCH_INDEX_URL, MILES_PYTHON    as in run_qwen3_grpo.sh
@@ -20,13 +22,13 @@ source "$ROOT/scripts/lib/qwen3.sh"
 # shellcheck source=scripts/lib/job.sh
 source "$ROOT/scripts/lib/job.sh"
 
-if [ -n "${HF_CHECKPOINT:-}" ] && [ -z "${TEACHER:-}" ]; then
-  die "TEACHER is not set: with HF_CHECKPOINT it names the model to learn from; set it to a Hugging Face directory"
+if [ -n "${HF_CHECKPOINT:-}" ] && [ -z "${TEACHER:-}${TEACHER_URLS:-}" ]; then
+  die "TEACHER is not set: with HF_CHECKPOINT it names the model to learn from; set it to a Hugging Face directory, or TEACHER_URLS"
 fi
 job_start GKD_DATA
 
 if [ -n "$TINY" ]; then
-  if [ -z "${TEACHER:-}" ]; then
+  if [ -z "${TEACHER:-}${TEACHER_URLS:-}" ]; then
     made=$ROOT/.miles/tiny_teacher-${TINY_SEED:-0}
     TEACHER=$made/hf-59
     if [ ! -f "$TEACHER/config.json" ]; then
@@ -88,4 +90,15 @@ else
   MISC_ARGS=(--run-name "$NAME-gkd")
 fi
 
-job_train --loss-type gkd --teacher-load "$TEACHER" "${DATA_ARGS[@]}" "${PERF_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${MISC_ARGS[@]}" "$@"
+TEACHER_ARGS=(--teacher-load "${TEACHER:-}")
+if [ -n "${TEACHER_URLS:-}" ]; then
+  read -ra urls <<<"$TEACHER_URLS"
+  TEACHER_ARGS=(--teacher-urls "${urls[@]}")
+fi
+if [ -n "${GKD_LMBDA:-}" ]; then
+  longest=4096
+  if [ -n "$TINY" ]; then longest=8; fi
+  TEACHER_ARGS+=(--gkd-lmbda "$GKD_LMBDA" --rollout-max-response-len "$longest")
+fi
+
+job_train --loss-type gkd "${TEACHER_ARGS[@]}" "${DATA_ARGS[@]}" "${PERF_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${MISC_ARGS[@]}" "$@"

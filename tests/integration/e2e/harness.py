@@ -90,11 +90,12 @@ def environment() -> dict[str, str]:
     return {**env, "PYTHONUNBUFFERED": "1"}
 
 
-def start(argv: list[str], run_dir: Path) -> subprocess.Popen[str]:
+def start(argv: list[str], run_dir: Path, **more: str) -> subprocess.Popen[str]:
+    """more: of the environment."""
     return subprocess.Popen(
         [sys.executable, str(REPO / "train.py"), *argv, "--run-dir", str(run_dir)],
         cwd=REPO,
-        env=environment(),
+        env=environment() | more,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,9 +103,9 @@ def start(argv: list[str], run_dir: Path) -> subprocess.Popen[str]:
     )
 
 
-def train(argv: list[str], run_dir: Path, *, timeout_s: float = 150) -> Finished:
+def train(argv: list[str], run_dir: Path, *, timeout_s: float = 150, **environment: str) -> Finished:
     """Runs to the end, or kills what this call started and fails."""
-    process = start(argv, run_dir)
+    process = start(argv, run_dir, **environment)
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:

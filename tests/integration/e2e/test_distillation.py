@@ -1,7 +1,9 @@
-"""Distillation on the student's own answers, as a user runs it."""
+"""Distillation on the student's own answers, and from a teacher on an engine, as a user runs them."""
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from miles.engines.launch import launch_embedded
 
 from .harness import flags, train
 
@@ -72,3 +76,45 @@ def test_a_student_learns_on_its_own_answers_and_continues_exactly(task: Path, t
         }
     first, second = (load_file(tmp_path / name / "hf-5" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.timeout(300)
+def test_a_teacher_on_an_engine_teaches_and_answers(task: Path, teacher: Path, tmp_path: Path) -> None:
+    key = secrets.token_hex(8)
+    engine = asyncio.run(
+        launch_embedded(
+            name="teacher",
+            model_path=str(teacher),
+            token=key,
+            log_path=tmp_path / "teacher.log",
+            env={"OMP_NUM_THREADS": "1"},
+            device="cpu",
+        )
+    )
+    try:
+        argv = flags(
+            task,
+            **LEFT_OUT,
+            loss_type="gkd",
+            teacher_urls=[engine.url],
+            teacher_top_k=4,
+            gkd_lmbda=0.5,
+            gkd_seq_kd=True,
+            gkd_beta=0,
+            rollout_batch_size=32,
+            lr=2e-4,
+            eval_interval=4,
+            eval_prompt_data=["held", f"{task / 'test.jsonl'}@[:128]"],
+        )
+        run = train(argv, tmp_path / "run", MILES_TEACHER_API_KEY=key).check()
+    finally:
+        engine.terminate()
+    losses = run.series("eval/held/loss")
+    assert losses[-1] < 0.6 * losses[0]
+    authors = [sample["metadata"]["_answered_by"] for sample in run.samples(0)]
+    assert set(authors) == {"student", "teacher"}
+    assert authors.count("teacher") / len(authors) == run.series("rollout/teacher_ratio")[0]
+    assert {"train/divergence_student", "train/divergence_teacher"} <= {k for line in run.metrics for k in line}
+    written = [path for path in run.run_dir.rglob("*") if path.is_file()]
+    assert not [path for path in written if key.encode() in path.read_bytes()]
+    assert key not in run.output
