@@ -56,13 +56,13 @@ def _qwen2(hf: HfConfig) -> dict[str, Any]:
 def _qwen3(hf: HfConfig) -> dict[str, Any]:
     _refuse(hf, "attention_bias", False, "biases of attention are not built for this family")
     # Qwen3's class default; released files always write it.
-    head_dim = hf.get("head_dim", 128)
+    head_dim = hf.get("head_dim", 128) or hf["hidden_size"] // hf["num_attention_heads"]
     return _decoder(hf) | _qwen_window(hf) | {"qk_layernorm": True, "kv_channels": head_dim}
 
 
 @_family("qwen3_moe")
 def _qwen3_moe(hf: HfConfig) -> dict[str, Any]:
-    return _qwen3(hf) | _softmax_experts(hf)
+    return _qwen3({"head_dim": None, **hf}) | _softmax_experts(hf)
 
 
 def _softmax_experts(hf: HfConfig) -> dict[str, Any]:

@@ -607,7 +607,7 @@ class ClusterArgs:
     train_backend: Literal["megatron"] = "megatron"
     """Trainer implementation."""
     rollout_engine: Literal["auto", "embedded", "sglang"] = "auto"
-    """Engine server. auto takes the embedded one, which serves Qwen2, Qwen3, Llama and Mistral models on CPU and GPU; sglang starts
+    """Engine server. auto takes the embedded one, which serves Qwen2, Qwen3, Qwen3-MoE, Llama and Mistral models on CPU and GPU; sglang starts
     sglang.launch_server, which needs sglang installed."""
     rollout_engine_python: str | None = None
     """Interpreter that has sglang, for --rollout-engine sglang; unset it is the one that runs Miles."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 #: What the embedded engine computes; `embedded.model_config` says it again, with torch.
-EMBEDDED_KINDS = ("qwen2", "qwen3", "llama", "mistral")
+EMBEDDED_KINDS = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral")
 
 
 def check(config: Config) -> list[Problem]:
@@ -70,6 +70,13 @@ def _check_embedded(config: Config) -> Iterator[Problem]:
             "embedded",
             f"it computes {', '.join(EMBEDDED_KINDS)} models, and this one is {kind}",
             "add --rollout-engine sglang, or train without engines",
+        )
+    if config.model.num_experts is not None and config.cluster.deterministic_mode:
+        yield Problem(
+            "--deterministic-mode",
+            True,
+            "what the embedded engine computes of a row depends in its last bits on how many rows go to the same expert",
+            "leave it out, or train a dense model",
         )
     if config.model.window_size is not None:
         yield Problem(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from .cache import DecodePlan, KVCache
 from .model_config import ModelConfig
-from .weights import Layer, Parameters
+from .weights import Experts, Layer, Parameters
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Scratch:
 
 
 class DecoderModel:
-    """Qwen2, Qwen3, Llama and Mistral. Holds no state but the parameters and the RoPE tables."""
+    """Qwen2, Qwen3, Qwen3-MoE, Llama and Mistral. Holds no state but the parameters and the RoPE tables."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, context_length: int) -> None:
         self.config, self.parameters = config, parameters
@@ -121,8 +121,31 @@ class DecoderModel:
         """Output projection and MLP, both added to `x` in place."""
         _add_linear(x, attended, layer.o, layer.o_bias)
         self._norm(x, layer.post_norm, scratch.normed)
-        _linear(scratch.normed, layer.gate_up, layer.gate_up_bias, scratch.gate_up)
-        _add_linear(x, F.silu(scratch.gate, inplace=True).mul_(scratch.up), layer.down, layer.down_bias)
+        mlp = layer.mlp
+        if isinstance(mlp, Experts):
+            self._add_experts(mlp, x, scratch.normed)
+            return
+        _linear(scratch.normed, mlp.gate_up, mlp.gate_up_bias, scratch.gate_up)
+        _add_linear(x, F.silu(scratch.gate, inplace=True).mul_(scratch.up), mlp.down, mlp.down_bias)
+
+    def _add_experts(self, experts: Experts, x: torch.Tensor, normed: torch.Tensor) -> None:
+        """`x` `[rows, H]` gets what each row's experts make of `normed`, weighted by their scores."""
+        c = self.config
+        scores, chosen = (
+            torch.mm(normed, experts.router.t()).softmax(-1, torch.float32).topk(c.experts_per_token, dim=-1)
+        )
+        if c.normalised_scores:
+            scores = scores / scores.sum(dim=-1, keepdim=True)
+        scores, chosen = scores.to(x.dtype).flatten(), chosen.flatten()
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=c.num_experts).tolist()
+        for number, places in enumerate(order.split(counts)):
+            if not len(places):
+                continue
+            rows = places // c.experts_per_token
+            gate, up = torch.mm(normed[rows], experts.gate_up[number].t()).chunk(2, -1)
+            out = torch.mm(F.silu(gate).mul_(up), experts.down[number].t())
+            x.index_add_(0, rows, out.mul_(scores[places, None]))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, to `out` where given; `weight` broadcasts."""

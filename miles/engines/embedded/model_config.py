@@ -18,7 +18,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,14 @@ class ModelConfig:
     rope_type: str
     eos_token_ids: frozenset[int]
     directory: Path
+    expert_layers: frozenset[int] = frozenset()
+    """Layers whose MLP is a mixture of experts."""
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    """Width of one expert."""
+    normalised_scores: bool = False
+    """Scores of a token's experts sum to 1."""
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
@@ -92,14 +100,15 @@ class ModelConfig:
                 max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
                 tied=bool(raw.get("tie_word_embeddings", False)),
                 qkv_bias=model_type == "qwen2" or attention_bias,
-                o_bias=model_type in ("llama", "qwen3") and attention_bias,
+                o_bias=model_type in ("llama", "qwen3", "qwen3_moe") and attention_bias,
                 mlp_bias=bool(raw.get("mlp_bias", False)),
-                qk_norm=model_type == "qwen3",
+                qk_norm=model_type in ("qwen3", "qwen3_moe"),
                 dtype=_checkpoint_dtype(raw, directory),
                 rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
                 rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
                 eos_token_ids=_eos_token_ids(raw, directory),
                 directory=directory,
+                **_experts(raw),
             )
         except KeyError as error:
             raise CheckpointError(
@@ -127,6 +136,21 @@ class ModelConfig:
         config = AutoConfig.from_pretrained(str(self.directory), local_files_only=True)
         frequencies, scaling = ROPE_INIT_FUNCTIONS[self.rope_type](config, torch.device("cpu"), seq_len=length)
         return frequencies.float(), float(scaling)
+
+
+def _experts(raw: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of experts; nothing where the model has none. Raises KeyError."""
+    if raw["model_type"] != "qwen3_moe":
+        return {}
+    every, dense = int(raw.get("decoder_sparse_step") or 1), set(raw.get("mlp_only_layers") or ())
+    layers = range(int(raw["num_hidden_layers"]))
+    return {
+        "expert_layers": frozenset(i for i in layers if i not in dense and (i + 1) % every == 0),
+        "num_experts": int(raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"]),
+        "experts_per_token": int(raw["num_experts_per_tok"]),
+        "expert_size": int(raw["moe_intermediate_size"]),
+        "normalised_scores": bool(raw.get("norm_topk_prob", False)),
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

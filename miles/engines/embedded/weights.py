@@ -30,6 +30,30 @@ from .segment import Bucket, Segments, TensorSpec
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of a layer's MLP."""
+
+    router: torch.Tensor
+    """[experts, hidden]"""
+    gate_up: tuple[torch.Tensor, ...]
+    """[2 * expert size, hidden] of each"""
+    down: tuple[torch.Tensor, ...]
+    """[hidden, expert size] of each"""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Weights of a dense layer's gated MLP."""
+
+    gate_up: torch.Tensor
+    """[2 * intermediate, hidden]"""
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    """[hidden, intermediate]"""
+    down_bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer, `[out, in]` as HF stores them."""
 
@@ -45,12 +69,7 @@ class Layer:
     o_bias: torch.Tensor | None
     post_norm: torch.Tensor
     """[hidden]"""
-    gate_up: torch.Tensor
-    """[2 * intermediate, hidden]"""
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    """[hidden, intermediate]"""
-    down_bias: torch.Tensor | None
+    mlp: Mlp | Experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +126,7 @@ class Parameters:
         self._borrowed: set[_Fused] = set()
         """Those whose memory is a sender's segment."""
         self.embedding = self._new("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        self.layers = [self._new_layer(f"model.layers.{i}.") for i in range(config.num_layers)]
+        self.layers = [self._new_layer(i) for i in range(config.num_layers)]
         self.norm = self._new("model.norm.weight", config.hidden_size)
         self.head = (
             self.embedding if config.tied else self._new("lm_head.weight", config.vocab_size, config.hidden_size)
@@ -129,12 +148,11 @@ class Parameters:
             first += rows
         return fused.live
 
-    def _new_layer(self, prefix: str) -> Layer:
-        c = self.config
+    def _new_layer(self, number: int) -> Layer:
+        c, prefix = self.config, f"model.layers.{number}."
         q_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        attention = f"{prefix}self_attn."
         qkv_parts = [("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)]
-        gate_up_parts = [("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)]
         return Layer(
             input_norm=self._new(f"{prefix}input_layernorm.weight", c.hidden_size),
             qkv=self._new_fused(attention, qkv_parts, ".weight", c.hidden_size),
@@ -143,10 +161,27 @@ class Parameters:
             o=self._new(f"{attention}o_proj.weight", c.hidden_size, q_rows),
             o_bias=self._new(f"{attention}o_proj.bias", c.hidden_size) if c.o_bias else None,
             post_norm=self._new(f"{prefix}post_attention_layernorm.weight", c.hidden_size),
-            gate_up=self._new_fused(mlp, gate_up_parts, ".weight", c.hidden_size),
-            gate_up_bias=self._new_fused(mlp, gate_up_parts, ".bias") if c.mlp_bias else None,
-            down=self._new(f"{mlp}down_proj.weight", c.hidden_size, c.intermediate_size),
-            down_bias=self._new(f"{mlp}down_proj.bias", c.hidden_size) if c.mlp_bias else None,
+            mlp=self._new_experts(f"{prefix}mlp.") if number in c.expert_layers else self._new_mlp(f"{prefix}mlp."),
+        )
+
+    def _new_mlp(self, prefix: str) -> Mlp:
+        c = self.config
+        parts = [("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)]
+        return Mlp(
+            gate_up=self._new_fused(prefix, parts, ".weight", c.hidden_size),
+            gate_up_bias=self._new_fused(prefix, parts, ".bias") if c.mlp_bias else None,
+            down=self._new(f"{prefix}down_proj.weight", c.hidden_size, c.intermediate_size),
+            down_bias=self._new(f"{prefix}down_proj.bias", c.hidden_size) if c.mlp_bias else None,
+        )
+
+    def _new_experts(self, prefix: str) -> Experts:
+        c = self.config
+        parts = [("gate_proj", c.expert_size), ("up_proj", c.expert_size)]
+        each = [f"{prefix}experts.{number}." for number in range(c.num_experts)]
+        return Experts(
+            router=self._new(f"{prefix}gate.weight", c.num_experts, c.hidden_size),
+            gate_up=tuple(self._new_fused(expert, parts, ".weight", c.hidden_size) for expert in each),
+            down=tuple(self._new(f"{expert}down_proj.weight", c.hidden_size, c.expert_size) for expert in each),
         )
 
     def _new_qk_norm(self, attention: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from tests.integration.rollout.protocol_server import make_tokenizer
 from .trainer_tools import VOCAB, config_for, make_batch, save_hf_model, trainer_for
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("qwen3", True), ("qwen2", False), ("llama", False)])
+@pytest.mark.parametrize(("kind", "tied"), [("qwen3", True), ("qwen2", False), ("llama", False), ("qwen3_moe", False)])
 async def test_log_probs_equal_the_engines_at_every_temperature(tmp_path: Path, kind: str, tied: bool) -> None:
     hf = save_hf_model(tmp_path / "hf", kind, tied=tied)
     make_tokenizer().save_pretrained(hf)

@@ -33,7 +33,11 @@ def test_the_defaults_are_fine():
         ("sglang", {"rollout_num_gpus_per_engine": 2}, "--rollout-num-gpus-per-engine, got 2: "),
         ("model", {"rotary_percent": 0.5}, "--rotary-percent, got 0.5: "),
         ("model", {"window_size": (4095, 0)}, "--rollout-engine, got embedded: it computes full attention"),
-        ("ckpt", {"model_name": "gpt_oss"}, "--rollout-engine, got embedded: it computes qwen2, qwen3, llama, mistral"),
+        (
+            "ckpt",
+            {"model_name": "gpt_oss"},
+            "--rollout-engine, got embedded: it computes qwen2, qwen3, qwen3_moe, llama, mistral",
+        ),
         ("sglang", {"sglang_server_concurrency": 0}, "--sglang-server-concurrency, got 0: "),
         ("sglang", {"sglang_request_timeout": 0.0}, "--sglang-request-timeout, got 0.0: "),
         ("cluster", {"update_weight_buffer_size": 0}, "--update-weight-buffer-size, got 0: "),
@@ -48,6 +52,13 @@ def test_a_run_without_engines_has_none_of_these_problems():
     config = with_flags("cluster", rollout_engine="sglang")
     config = dataclasses.replace(config, debug=dataclasses.replace(config.debug, debug_train_only=True))
     assert engines.check(config) == []
+
+
+def test_experts_are_not_bitwise_repeatable():
+    config = with_flags("model", num_experts=8)
+    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, deterministic_mode=True))
+    [problem] = engines.check(config)
+    assert str(problem).startswith("--deterministic-mode, got True: what the embedded engine computes of a row depends")
 
 
 def test_families_of_the_embedded_engine_are_those_that_its_model_reads():

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -60,6 +61,11 @@ FAMILIES: dict[str, Any] = {
     "mistral_every_head_its_own_kv": lambda: MistralConfig(
         **_SHAPE | {"num_key_value_heads": 4}, sliding_window=None, head_dim=8
     ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SHAPE | {"num_hidden_layers": 3},
+        **{"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"decoder_sparse_step": 2, "norm_topk_prob": True, "tie_word_embeddings": False},
+    ),
     "qwen2_one_kv_head": lambda: Qwen2Config(**_SHAPE | {"num_key_value_heads": 1}, tie_word_embeddings=True),
 }
 
@@ -76,6 +82,8 @@ def make_model(family: str, seed: int = 0, initializer_range: float = SHARP) -> 
     config = FAMILIES[family]()
     config.initializer_range = initializer_range
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Of transformers' ways to compute experts the one that also takes double.
+    model.config._experts_implementation = "eager"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "layernorm.weight")):
