@@ -138,13 +138,18 @@ class Engine(Protocol):
 class BucketReceipt:
     """What one `WeightTransport.send` did."""
 
+    names: tuple[str, ...]
+    """HF names of its tensors, in order."""
     checksums: dict[str, str]
-    """HF name -> checksum of the tensor as it was sent; every engine has answered with the same ones."""
+    """HF name -> checksum of the tensor as it was sent. All of them with `check_equal`; else those that engines were
+    compared by, which may be none."""
     nbytes: int
     wire_s: float
     """Seconds to put the bytes where the engines can read them."""
     load_s: float
     """Seconds from then until the slowest engine had loaded them."""
+    serving: bool = False
+    """The engines have gone on already, under the version that `send` was given."""
 
 
 class WeightTransport(Protocol):
@@ -159,8 +164,8 @@ class WeightTransport(Protocol):
         """How many calls of `send` may overlap: 1, or 2 where a bucket can be filled while the last one loads."""
         ...
 
-    def begin(self) -> None:
-        """A publication begins; one that was not committed has failed."""
+    def begin(self, *, check_equal: bool = False) -> None:
+        """A publication begins; one that was not committed has failed. With `check_equal` receipts have all checksums."""
         ...
 
     def commit(self, engines: Sequence[Engine]) -> None:
@@ -172,8 +177,12 @@ class WeightTransport(Protocol):
         tensors: Sequence[tuple[str, torch.Tensor]],
         engines: Sequence[Engine],
         ready: Awaitable[object] | None = None,
+        serve: WeightVersion | None = None,
     ) -> BucketReceipt:
         """Returns once every engine has loaded the bucket and `tensors` may be written again.
+
+        With `serve` the bucket is the last, and engines may complete the update and go on at once, where the transport has no
+        more to compare and one cannot go on without the other. The receipt says whether they did.
 
         Engines are given the bucket once `ready` is done; work that needs no engine goes on until then. The tensors are
         ready to be read: work on their device that makes them has ended. Engines load overlapping buckets in the order of

@@ -40,6 +40,10 @@ class BucketLayout:
     """Size of the bucket, padding between tensors included."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(slot.name for slot in self.slots)
+
+    @property
     def payload_nbytes(self) -> int:
         """Size of the tensors alone."""
         return sum(slot.nbytes for slot in self.slots)

@@ -1,11 +1,12 @@
 """New weights to every engine, all or nothing.
 
-    bucket, bucket, ... --> checksums --> version, continue all
+    bucket, bucket, ... --> checks --> version, continue all
     |  gather (a thread: collectives of all ranks)
     |  wire   (into shared memory, or whatever the transport uses)      pause all
     |  load   (the engines)          the next bucket is gathered meanwhile  <-'
 
-Engines are paused once the first bucket is there. It is written meanwhile, and loaded when they stand still.
+Engines are paused once the first bucket is there. It is written meanwhile, and loaded when they stand still. A single engine
+is given the version with its last bucket, where the transport can; several wait for each other before any goes on.
 
 Consumes `Trainer.named_weights()` on the main rank while the other ranks iterate theirs. After any failure the engines
 stay paused: no request is ever answered with half-updated weights. The remaining weights are still consumed then, so
@@ -108,19 +109,23 @@ async def _update(
     check_equal: bool,
 ) -> PublishStats:
     """Returns once all engines serve the version; `total_s` is left to the caller."""
-    transport.begin()
+    transport.begin(check_equal=check_equal)
     begun = asyncio.Event()
     pausing = asyncio.create_task(_pause_all(engines, begun))
     try:
-        receipts = await _send_all(gatherer, engines, transport, begun, pausing)
+        # What has still to be compared, or to be waited for, comes before the version.
+        serve = version if len(engines) == 1 and not check_equal else None
+        receipts = await _send_all(gatherer, engines, transport, begun, pausing, serve)
     finally:
         begun.set()
         # Where it failed, it is the reason.
         pause_s = await pausing
-    checksums = _merge(receipts)
+    if not receipts:
+        raise WeightUpdateError("got no tensors: the trainer has no weights to publish; check --model-name")
 
     check_started = time.perf_counter()
     if check_equal:
+        checksums = {name: value for receipt in receipts for name, value in receipt.checksums.items()}
 
         async def check(engine: Engine) -> None:
             verify_held(engine.name, checksums, await engine.checksums())
@@ -129,10 +134,11 @@ async def _update(
     checked = time.perf_counter()
 
     # Every engine holds all weights by now. One that does not go on is broken, and keeps no other from serving them.
-    await _on_all(engines, lambda engine: engine.serve(version))
+    if not receipts[-1].serving:
+        await _on_all(engines, lambda engine: engine.serve(version))
     return PublishStats(
         version=version,
-        num_tensors=len(checksums),
+        num_tensors=sum(len(receipt.names) for receipt in receipts),
         num_buckets=len(receipts),
         nbytes=sum(receipt.nbytes for receipt in receipts),
         total_s=0.0,
@@ -158,8 +164,12 @@ async def _send_all(
     transport: WeightTransport,
     begun: asyncio.Event,
     pausing: asyncio.Task[float],
+    serve: WeightVersion | None,
 ) -> list[BucketReceipt]:
-    """All buckets, at most `transport.depth` of them alive at a time: being gathered, written or loaded."""
+    """All buckets, at most `transport.depth` of them alive at a time: being gathered, written or loaded.
+
+    `serve` goes with the last one, which engines are given when all others have arrived.
+    """
     receipts: list[BucketReceipt] = []
     sending: deque[asyncio.Task[BucketReceipt]] = deque()
 
@@ -170,14 +180,18 @@ async def _send_all(
         sending.popleft()
 
     try:
-        while True:
+        last = False
+        while not last:
             if len(sending) == transport.depth:
                 await finish_first()
-            bucket = await gatherer.next_bucket(len(receipts) + len(sending))
+            bucket, last = await gatherer.next_bucket(len(receipts) + len(sending))
             if not bucket:
                 break
             number = len(receipts) + len(sending)
-            sending.append(asyncio.create_task(_send(number, bucket, engines, transport, pausing)))
+            awaited = [pausing, *(sending if last else ())]
+            ready = asyncio.gather(*(asyncio.shield(task) for task in awaited))
+            sent = _send(number, bucket, engines, transport, ready, serve if last else None)
+            sending.append(asyncio.create_task(sent))
             del bucket
             # Wakes up who waits for it after the task above: writing needs the interpreter lock, and takes longer than pausing.
             begun.set()
@@ -193,26 +207,16 @@ async def _send(
     bucket: list[NamedTensor],
     engines: Sequence[Engine],
     transport: WeightTransport,
-    pausing: asyncio.Task[float],
+    ready: Awaitable[object],
+    serve: WeightVersion | None,
 ) -> BucketReceipt:
     span = f"bucket {number} ({bucket[0][0]} to {bucket[-1][0]})"
-    sending = transport.send(bucket, engines, asyncio.shield(pausing))
+    sending = transport.send(bucket, engines, ready, serve)
     del bucket
     try:
         return await sending
     except Exception as error:
         raise WeightUpdateError(f"{span}: {error or type(error).__name__}") from error
-
-
-def _merge(receipts: Sequence[BucketReceipt]) -> dict[str, str]:
-    merged: dict[str, str] = {}
-    for receipt in receipts:
-        if twice := merged.keys() & receipt.checksums.keys():
-            raise WeightUpdateError(f"got {min(twice)} twice: two parameters map to one HF name; check --model-name")
-        merged.update(receipt.checksums)
-    if not merged:
-        raise WeightUpdateError("got no tensors: the trainer has no weights to publish; check --model-name")
-    return merged
 
 
 async def _on_all(engines: Sequence[Engine], call: Callable[[Engine], Awaitable[None]]) -> None:
@@ -231,12 +235,13 @@ class _Gatherer:
 
     def __init__(self, named_weights: Iterator[NamedTensor], buffer_bytes: int) -> None:
         self._named = named_weights
-        self._buckets = iter_buckets(named_weights, buffer_bytes)
+        self._ended = False
+        self._buckets = iter_buckets(self._stream(), buffer_bytes)
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, "gather-weights", _use_device, (device,))
         self.seconds = 0.0
         # Asked for at once: the first bucket's way to the engines is the one that nothing else hides.
-        self._first: Future[list[NamedTensor]] | None = self._thread.submit(self._next)
+        self._first: Future[tuple[list[NamedTensor], bool]] | None = self._thread.submit(self._next)
 
     def __enter__(self) -> _Gatherer:
         return self
@@ -245,11 +250,13 @@ class _Gatherer:
         # Idle where all went well; joining it would take as long as to begin.
         self._thread.shutdown(wait=exc_info[0] is not None)
 
-    async def next_bucket(self, number: int) -> list[NamedTensor]:
-        """The next bucket, its tensors ready to be read; empty at the end."""
+    async def next_bucket(self, number: int) -> tuple[list[NamedTensor], bool]:
+        """The next bucket, its tensors ready to be read, and whether it is the last one; empty where there is none at all."""
         gathering, self._first = self._first or self._thread.submit(self._next), None
         try:
             return await asyncio.wrap_future(gathering)
+        except WeightUpdateError:
+            raise
         except Exception as error:
             raise WeightUpdateError(
                 f"bucket {number}, got {type(error).__name__} while it was gathered: {error}"
@@ -262,13 +269,25 @@ class _Gatherer:
         except Exception:
             logger.warning("the remaining weights could not be gathered", exc_info=True)
 
-    def _next(self) -> list[NamedTensor]:
+    def _stream(self) -> Iterator[NamedTensor]:
+        names: set[str] = set()
+        for name, tensor in self._named:
+            if name in names:
+                raise WeightUpdateError(f"got {name} twice: two parameters map to one HF name; check --model-name")
+            names.add(name)
+            yield name, tensor
+            # The loop variable would keep the tensor alive beyond its bucket.
+            del tensor
+        self._ended = True
+
+    def _next(self) -> tuple[list[NamedTensor], bool]:
         started = time.perf_counter()
         bucket = next(self._buckets, [])
         for device in {tensor.device for _, tensor in bucket if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         self.seconds += time.perf_counter() - started
-        return bucket
+        # A bucket ends where one tensor more has been read, or with the stream.
+        return bucket, self._ended
 
     def _drain(self) -> None:
         for _ in self._named:

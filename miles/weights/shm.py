@@ -1,12 +1,17 @@
 """Weights to engines on the same host through shared memory: the bytes are copied once, HTTP carries only their places.
 
-    POST {segment, progress, adopt, tensors: [{name, dtype, shape, offset}]} -> every engine maps the segment,
-    tensors --hash, copy--> segment, and how far it is filled ----------------> follows the filling, hashes,
-                              ^                                                 adopts the segment, or copies
-                              `------ checksums compared <----------------------'
+    POST {segment, progress, adopt, samples, tensors: [{name, dtype, shape, offset}]} -> every engine maps the segment,
+    tensors --copy--> segment, samples, and how far it is filled -----------------------> follows the filling, compares,
+                                                                                          adopts the segment, or copies
 
-Engines read while we write, close behind: what they read is still in the processor's cache, and sender and engine work at
-the same time also where the whole model is one bucket or one tensor.
+What is compared: an engine that copies answers with a checksum of each tensor as it holds it, and so does one that was not part
+of the last publication; we compare them with our own. One that adopted all of the last version computes with the very pages that we write, so that
+nothing lies between that could change a byte: it compares a sample of each tensor, its first and last 64 bytes as they were given to
+us, with what it maps. That tells another segment, another filling, another place, and what is not written yet; it does not
+tell a byte in the middle that someone changed. All bytes of all parameters are compared with `check_equal`.
+
+Engines that copy read while we write, close behind: what they read is still in the processor's cache, and sender and engine work
+at the same time also where the whole model is one bucket or one tensor.
 
 An engine that can, adopts: once it holds the whole version, the segments are its weights, shared by all engines of the host,
 and nothing is copied a second time. So a segment is not written again before every engine that may use it has confirmed a
@@ -29,7 +34,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,11 +43,12 @@ import psutil
 
 from miles.errors import EngineError, WeightUpdateError
 from miles.interfaces import BucketReceipt, Engine
+from miles.types import WeightVersion
 
 from .buckets import BucketLayout, NamedTensor, layout
 from .checksum import verify_loaded
 from .memory import HEADER_BYTES
-from .segment import Filled, Segment
+from .segment import Filled, Segment, samples_place
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +80,20 @@ class SharedMemoryTransport:
         """Kept by engines, for the publication that is under way."""
         self._live: list[Segment] = []
         """Kept by engines that have confirmed the version in them."""
+        self._adopting: set[str] = set()
+        """Identities of the engines that adopted all of the last version: the next one they compare by samples."""
+        self._copying: set[str] = set()
+        """Of those that have copied something of the publication that is under way."""
+        self._check_equal = False
         self._last_load: asyncio.Event | None = None
         self._told = False
         # One thread: two buckets filled at once would only take the memory bus from each other and from the engines.
         self._thread = ThreadPoolExecutor(1, "fill-weights")
 
-    def begin(self) -> None:
+    def begin(self, *, check_equal: bool = False) -> None:
         """See `WeightTransport.begin`."""
+        self._check_equal = check_equal
+        self._copying.clear()
         # Of a publication that failed: engines may use them or not.
         for segment in self._filled:
             segment.close()
@@ -89,6 +102,7 @@ class SharedMemoryTransport:
     def commit(self, engines: Sequence[Engine]) -> None:
         """See `WeightTransport.commit`."""
         confirmed = {engine.identity for engine in engines}
+        self._adopting = confirmed - self._copying
         for segment in self._live:
             if segment.users <= confirmed:
                 segment.users.clear()
@@ -101,13 +115,20 @@ class SharedMemoryTransport:
             self._free.pop().close()
 
     async def send(
-        self, tensors: Sequence[NamedTensor], engines: Sequence[Engine], ready: Awaitable[object] | None = None
+        self,
+        tensors: Sequence[NamedTensor],
+        engines: Sequence[Engine],
+        ready: Awaitable[object] | None = None,
+        serve: WeightVersion | None = None,
     ) -> BucketReceipt:
-        """See `WeightTransport.send`."""
+        """See `WeightTransport.send`. Goes on with `serve` where one engine compares samples itself."""
         previous, loaded = self._last_load, asyncio.Event()
         self._last_load = loaded
+        adopting = all(engine.identity in self._adopting for engine in engines)
         preparing = self._thread.submit(self._prepare, tensors)
-        filling = asyncio.wrap_future(self._thread.submit(_fill, preparing, tensors))
+        filling = asyncio.wrap_future(
+            self._thread.submit(_fill, preparing, tensors, adopting and not self._check_equal)
+        )
         # Dropped here: what the caller gathered can be freed once our copy of it is complete.
         del tensors
         try:
@@ -128,7 +149,9 @@ class SharedMemoryTransport:
                 await asyncio.gather(filling, return_exceptions=True)
                 raise
             kept = offer
-            payload = _payload(segment, bucket, adopt=offer)
+            sampled = offer and adopting
+            resume = serve if sampled and len(engines) == 1 else None
+            payload = _payload(segment, bucket, adopt=offer, sampled=sampled, serve=resume)
             # All engines are waited for: they read the segment until then.
             outcomes = await asyncio.gather(
                 filling, *(engine.update_weights(payload) for engine in engines), return_exceptions=True
@@ -144,8 +167,29 @@ class SharedMemoryTransport:
                 (self._free if offer else self._transit).append(segment)
         filled, replies = _successes(outcomes)
         for engine, reply in zip(engines, replies, strict=True):
-            verify_loaded(engine.name, filled.checksums, reply.get("checksums") or {})
-        return BucketReceipt(filled.checksums, bucket.payload_nbytes, filled.seconds, ended - filled.ended)
+            self._compare(engine, reply, None if sampled else filled.checksums)
+        return BucketReceipt(
+            bucket.names,
+            filled.checksums,
+            bucket.payload_nbytes,
+            filled.seconds,
+            ended - filled.ended,
+            serving=resume is not None and bool(replies[0].get("serving")),
+        )
+
+    def _compare(self, engine: Engine, reply: Mapping[str, Any], checksums: Mapping[str, str] | None) -> None:
+        """Raises `WeightUpdateError` where an engine has loaded something else than `checksums`, or, without them, has not
+        compared samples itself."""
+        if not reply.get("kept"):
+            self._copying.add(engine.identity)
+        if checksums is not None:
+            verify_loaded(engine.name, checksums, reply.get("checksums") or {})
+        elif not (reply.get("kept") and reply.get("sampled")):
+            self._adopting.discard(engine.identity)
+            raise WeightUpdateError(
+                f"weights on {engine.name}, got no word that it adopted them and compared samples, as it did before: nothing "
+                "tells what it holds; see the engine's log, then publish the whole weights again"
+            )
 
     def _prepare(self, tensors: Sequence[NamedTensor]) -> tuple[Segment, BucketLayout, bool]:
         """A segment with room for the tensors, where they will lie, and whether to offer it to the engines."""
@@ -218,17 +262,24 @@ def _successes(outcomes: Sequence[Any]) -> tuple[Filled, list[dict[str, Any]]]:
     return filled, replies
 
 
-def _fill(preparing: Future[tuple[Segment, BucketLayout, bool]], tensors: Sequence[NamedTensor]) -> Filled:
-    segment, bucket, _ = preparing.result()  # of an earlier task of the same thread
-    return segment.fill(tensors, bucket)
+def _fill(
+    preparing: Future[tuple[Segment, BucketLayout, bool]], tensors: Sequence[NamedTensor], samples_suffice: bool
+) -> Filled:
+    """`samples_suffice` where engines adopt; a segment that is not offered is copied from."""
+    segment, bucket, offer = preparing.result()  # of an earlier task of the same thread
+    return segment.fill(tensors, bucket, checksums=not (offer and samples_suffice))
 
 
-def _payload(segment: Segment, bucket: BucketLayout, *, adopt: bool) -> dict[str, object]:
+def _payload(
+    segment: Segment, bucket: BucketLayout, *, adopt: bool, sampled: bool, serve: WeightVersion | None
+) -> dict[str, object]:
     return {
         "load_format": LOAD_FORMAT,
         "segment": segment.path,
         "progress": 0,
         **({"adopt": segment.serial} if adopt else {}),
+        **({"samples": samples_place(bucket)} if sampled else {}),
+        **({"weight_version": serve, "continue_generation": True} if serve is not None else {}),
         "tensors": [
             {
                 "name": slot.name,

@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import rebuild_typed_storage
 
 from miles.errors import EngineError, WeightUpdateError
 from miles.interfaces import BucketReceipt, Engine
+from miles.types import WeightVersion
 
 from .buckets import BucketLayout, NamedTensor
 from .memory import HEADER_BYTES
@@ -43,23 +44,29 @@ class TorchSharingTransport:
         """`ranks_per_engine`: tensor-parallel size of every engine; each rank is given the whole tensors and takes its part."""
         self._ranks = ranks_per_engine
         self._free = [Segment(anonymous=True) for _ in range(self.depth)]
+        self._check_equal = False
         self._order = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "fill-weights")
 
-    def begin(self) -> None:
+    def begin(self, *, check_equal: bool = False) -> None:
         """Nothing is left of an earlier publication: the engines copy."""
+        self._check_equal = check_equal
 
     def commit(self, engines: Sequence[Engine]) -> None:
         """Nothing is kept for the engines: they have copied."""
 
     async def send(
-        self, tensors: Sequence[NamedTensor], engines: Sequence[Engine], ready: Awaitable[object] | None = None
+        self,
+        tensors: Sequence[NamedTensor],
+        engines: Sequence[Engine],
+        ready: Awaitable[object] | None = None,
+        serve: WeightVersion | None = None,
     ) -> BucketReceipt:
-        """See `WeightTransport.send`."""
+        """See `WeightTransport.send`. SGLang has no request that loads and goes on."""
         segment = self._free.pop()
         loop = asyncio.get_running_loop()
         try:
-            bucket, filled = await loop.run_in_executor(self._thread, _fill, segment, tensors)
+            bucket, filled = await loop.run_in_executor(self._thread, _fill, segment, tensors, self._check_equal)
             del tensors
             # What was cached of the old weights is of no use to the new ones.
             payload = {
@@ -83,7 +90,9 @@ class TorchSharingTransport:
                 raise failure
         if failures:
             raise WeightUpdateError("; and ".join(str(failure) for failure in failures)) from failures[0]
-        return BucketReceipt(filled.checksums, bucket.payload_nbytes, wire_s=filled.seconds, load_s=load_s)
+        return BucketReceipt(
+            bucket.names, filled.checksums, bucket.payload_nbytes, wire_s=filled.seconds, load_s=load_s
+        )
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -91,9 +100,9 @@ class TorchSharingTransport:
             segment.close()
 
 
-def _fill(segment: Segment, tensors: Sequence[NamedTensor]) -> tuple[BucketLayout, Filled]:
+def _fill(segment: Segment, tensors: Sequence[NamedTensor], checksums: bool) -> tuple[BucketLayout, Filled]:
     bucket = segment.reserve(tensors)
-    return bucket, segment.fill(tensors, bucket)
+    return bucket, segment.fill(tensors, bucket, checksums=checksums)
 
 
 def _pickled(segment: Segment, bucket: BucketLayout) -> str:

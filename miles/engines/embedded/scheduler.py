@@ -224,11 +224,17 @@ class Scheduler:
         version: str | None,
         progress_bytes: int | None = None,
         serial: int | None = None,
+        samples_bytes: int | None = None,
+        *,
+        resume: bool = False,
     ) -> dict[str, str]:
-        """Loads one bucket of a weight update, and completes the update where `version` is given.
+        """Loads one bucket of a weight update, completes the update where `version` is given, and serves it with `resume`.
 
         See `WeightState.load_bucket`. Raises `WeightUpdateError`; the weights are then torn.
         """
+        if resume and not self._paused and version is not None and self.weights.holds(version, segment, serial):
+            # Sent again, since the answer was lost.
+            return {}
         if not self._paused:
             raise WeightUpdateError(
                 "update_weights_from_tensor, got a bucket while serving: rows would mix two weight versions; "
@@ -237,9 +243,11 @@ class Scheduler:
         self._is_outdated = self._batch.num_rows > 0
         if version is not None:
             self.weights.check_completes([spec.name for spec in specs])
-        checksums = self.weights.load_bucket(segment, specs, progress_bytes, serial)
+        checksums = self.weights.load_bucket(segment, specs, progress_bytes, serial, samples_bytes)
         if version is not None:
             self.set_version(version)
+        if resume:
+            self.resume()
         return checksums
 
     def set_version(self, version: str) -> None:

@@ -7,7 +7,8 @@ The sender may still be filling the segment: it then says at `progress` how far 
 unpickled. A segment stays mapped as long as the sender keeps it, since mapping it anew costs more than copying it.
 
 A sender may offer a segment for adoption: it then does not write there while an engine uses it. The segment's serial number,
-an int64 behind `progress`, changes before every filling, so that an engine can tell whether the promise was kept.
+an int64 behind `progress`, changes before every filling, so that an engine can tell whether the promise was kept. Samples of the
+tensors that it sends along tell whether what we map is what it wrote.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from miles.errors import WeightUpdateError
-from miles.weights.memory import CHUNK_BYTES, MappedFile
+from miles.weights.memory import CHUNK_BYTES, MappedFile, sample_hash
 
 from .model_config import DTYPES
 
@@ -96,6 +97,27 @@ class Bucket:
                 "memory that it had given away; publish the whole weights again"
             )
 
+    def offered_as(self, path: str, serial: int | None) -> bool:
+        """Whether this is that filling of that segment."""
+        return serial is not None and (self._path, self._serial) == (path, serial)
+
+    def compare_samples(self, specs: Sequence[TensorSpec], samples_bytes: int) -> None:
+        """Waits until each tensor is written, and compares its beginning and end with the sample that the sender took of it:
+        a uint64 for each, from `samples_bytes` on. Raises `WeightUpdateError`, also as `chunks` does."""
+        samples = self._bytes[samples_bytes : samples_bytes + 8 * len(specs)].view("<u8")
+        for index, spec in enumerate(specs):
+            # An empty one has no bytes to wait for, and its sample may not be there yet.
+            if not spec.size_bytes:
+                continue
+            end = spec.offset_bytes + spec.size_bytes
+            self._wait(spec.name, end)
+            # Read only now: it is written before the tensor's end is announced.
+            if sample_hash(self._bytes[spec.offset_bytes : end]) != int(samples[index]):
+                raise WeightUpdateError(
+                    f"sample of {spec.name} in segment {self._path}, got other bytes than the sender's: what the engine maps is not "
+                    "what was written; publish the whole weights again"
+                )
+
     def tensor(self, spec: TensorSpec, shape: Sequence[int] | None = None) -> torch.Tensor:
         """The tensor in place; with a `shape`, together with those that adjoin it.
 
@@ -144,7 +166,12 @@ class Segments:
         self._mappings: dict[str, tuple[_Identity, torch.Tensor]] = {}
 
     def open(
-        self, path: str, specs: Sequence[TensorSpec], progress_bytes: int | None = None, serial: int | None = None
+        self,
+        path: str,
+        specs: Sequence[TensorSpec],
+        progress_bytes: int | None = None,
+        serial: int | None = None,
+        samples_bytes: int | None = None,
     ) -> Bucket:
         """`serial` is that of a segment offered for adoption. Raises `WeightUpdateError` for a foreign path or a tensor
         outside the segment."""
@@ -153,6 +180,8 @@ class Segments:
         ends = [(f"offset of {spec.name}", spec.offset_bytes, spec.size_bytes) for spec in specs]
         if progress_bytes is not None:
             ends.append(("progress", progress_bytes, _HEADER_BYTES))
+        if samples_bytes is not None:
+            ends.append(("samples", samples_bytes, 8 * len(specs)))
         for what, offset, size in ends:
             if offset + size > len(mapping):
                 raise WeightUpdateError(

@@ -243,8 +243,10 @@ class EngineServer:
             "segment",
             "progress",
             "adopt",
+            "samples",
             "tensors",
             "weight_version",
+            "continue_generation",
             "flush_cache",
             "serialized_named_tensors",
         }
@@ -257,22 +259,28 @@ class EngineServer:
             )
         if version is not None and not isinstance(version, str):
             raise RequestError(f"weight_version, got {version!r}: not a string; send a string")
-        progress = body.get("progress")
-        if progress is not None and (type(progress) is not int or progress < 0 or progress % 8):
-            raise RequestError(f"progress, got {progress!r}: not a multiple of 8 bytes within the segment; align it")
+        progress, samples = body.get("progress"), body.get("samples")
+        for field, place in (("progress", progress), ("samples", samples)):
+            if place is not None and (type(place) is not int or place < 0 or place % 8):
+                raise RequestError(f"{field}, got {place!r}: not a multiple of 8 bytes within the segment; align it")
         serial = body.get("adopt")
         if serial is not None and (type(serial) is not int or progress is None):
             raise RequestError(
                 f"adopt, got {serial!r}: not a serial number behind progress; send both, or leave it out to have the "
                 "segment copied"
             )
+        resume = body.get("continue_generation", False)
+        if not isinstance(resume, bool) or (resume and version is None):
+            raise RequestError(
+                f"continue_generation, got {resume!r}: send true together with weight_version, or leave it out"
+            )
 
         specs = [TensorSpec.parse(item) for item in raw]
         checksums = await self._on_decode_thread(
-            lambda: self._scheduler.load_bucket(segment, specs, version, progress, serial)
+            lambda: self._scheduler.load_bucket(segment, specs, version, progress, serial, samples, resume=resume)
         )
         kept = serial is not None and self._scheduler.weights.can_adopt
-        return _success("loaded", checksums=checksums, kept=kept)
+        return _success("loaded", checksums=checksums, kept=kept, sampled=samples is not None, serving=resume)
 
     async def update_weight_version(self, request: web.Request) -> web.StreamResponse:
         body = await _object(request)

@@ -316,13 +316,20 @@ class WeightState:
         self._offered.clear()
 
     def load_bucket(
-        self, segment: str, specs: Sequence[TensorSpec], progress_bytes: int | None = None, serial: int | None = None
+        self,
+        segment: str,
+        specs: Sequence[TensorSpec],
+        progress_bytes: int | None = None,
+        serial: int | None = None,
+        samples_bytes: int | None = None,
     ) -> dict[str, str]:
         """Reads a bucket and returns the checksum of each tensor: of the live parameter that it was copied to, or, where
         it is to be adopted, of the tensor in the segment.
 
         Where the sender is still filling the segment, `progress_bytes` is the place at which it says how far it is.
         With a `serial` number it offers the segment for adoption, as long as the number in the segment is the same.
+        With `samples_bytes`, the place of the sender's samples, what is adopted is compared with these, and no checksum is
+        returned.
         Names, shapes and places are checked before the first byte is written. Whatever goes wrong raises
         `WeightUpdateError`, and the weights then count as torn until a full update: the sender's idea of what was loaded
         is no longer ours.
@@ -331,8 +338,12 @@ class WeightState:
         self._written = set()
         for spec in specs:
             self._check(spec)
-        bucket = self._segments.open(segment, specs, progress_bytes, serial)
+        bucket = self._segments.open(segment, specs, progress_bytes, serial, samples_bytes)
         adopted = serial is not None and self.can_adopt
+        if samples_bytes is not None and not adopted:
+            raise WeightUpdateError(
+                f"samples, got {samples_bytes}: this engine copies, and what is copied is compared by checksums; leave it out"
+            )
         for spec in specs:
             self._offered.pop(spec.name, None)
             if adopted:
@@ -342,15 +353,24 @@ class WeightState:
         whole = not self._missing(written | {spec.name for spec in specs})
         # Before the sender is done, not after.
         plan = self._parameters.plan_adoption(self._offered) if whole else None
-        if adopted:
+        checksums: dict[str, str] = {}
+        if samples_bytes is not None:
+            bucket.compare_samples(specs, samples_bytes)
+            bucket.check_kept()
+        elif adopted:
             checksums = {spec.name: _hash(bucket.chunks(spec)) for spec in specs}
             bucket.check_kept()
         else:
             checksums = {spec.name: self._parameters.write(spec.name, bucket.chunks(spec)) for spec in specs}
-        self._written = written | set(checksums)
+        self._written = written | {spec.name for spec in specs}
         if plan is not None:
             self._adopt(plan)
         return checksums
+
+    def holds(self, version: str, segment: str, serial: int | None) -> bool:
+        """Whether the weights are whole, have that version, and lie in that filling of that segment, among others."""
+        adopted = any(bucket.offered_as(segment, serial) for bucket in set(self._adopted.values()))
+        return adopted and not self.updating and self._version == version
 
     @property
     def can_adopt(self) -> bool:

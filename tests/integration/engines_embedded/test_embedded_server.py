@@ -194,6 +194,8 @@ def test_stop_strings_are_trimmed_from_the_text_alone(server):
         ("/update_weights_from_tensor", b'{"load_format": "flattened_bucket"}', "miles_shm"),
         ("/update_weights_from_tensor", b'{"load_format": "miles_shm"}', "segment"),
         ("/update_weights_from_tensor", b'{"load_format": "miles_shm", "segment": "", "tensors": [], "adopt": 1}', "adopt"),
+        ("/update_weights_from_tensor", b'{"load_format": "miles_shm", "segment": "", "tensors": [], "samples": 4}', "samples"),
+        ("/update_weights_from_tensor", b'{"load_format": "miles_shm", "segment": "", "tensors": [], "continue_generation": true}', "weight_version"),
         ("/update_weight_version", b'{"new_version": "1", "continue_generation": 1}', "continue_generation"),
         ("/flush_cache?timeout=soon", b"", "timeout"),
     ],

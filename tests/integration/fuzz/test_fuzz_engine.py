@@ -171,7 +171,9 @@ CONTROL: dict[str, Any] = {
             "tensors": st.lists(st.one_of(TENSOR, HOSTILE), max_size=2),
             "progress": NUMBERS,
             "adopt": NUMBERS,
+            "samples": NUMBERS,
             "weight_version": TEXTS,
+            "continue_generation": st.booleans(),
             "flush_cache": st.booleans(),
             "serialized_named_tensors": st.lists(TEXTS, max_size=1),
         }

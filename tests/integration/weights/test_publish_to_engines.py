@@ -17,6 +17,7 @@ import torch
 from miles.engines.client import EngineClient
 from miles.errors import EngineError, EngineRequestError, WeightUpdateError
 from miles.weights import SharedMemoryTransport, publish, tensor_checksum
+from miles.weights.segment import Segment
 
 from .conftest import TOKEN, hf_greedy, hf_weights, make_model
 
@@ -76,6 +77,52 @@ async def test_engines_serve_from_the_senders_memory_and_keep_it_when_the_sender
         for process, engine in zip(engine_processes, engines, strict=True):
             assert (await engine.generate(request()))["output_ids"] == hf_greedy(model, PROMPT, 12)
             assert 0 < mapped(process) <= stats.num_buckets
+
+
+async def test_an_engine_alone_goes_on_in_one_request_and_hears_it_twice(engines, transport, monkeypatch):
+    """The answer to it may be lost, and it is sent again to an engine that serves by then."""
+    engine, asked = engines[0], []
+    call = EngineClient._call
+
+    async def twice(self, method, endpoint, body=None, *, limit_s):
+        asked.append(endpoint)
+        reply = await call(self, method, endpoint, body, limit_s=limit_s)
+        if (body or {}).get("continue_generation") and endpoint == "/update_weights_from_tensor":
+            reply = await call(self, method, endpoint, body, limit_s=limit_s)
+        return reply
+
+    monkeypatch.setattr(EngineClient, "_call", twice)
+    for version in ("28", "29"):
+        asked.clear()
+        model = make_model(int(version))
+        await publish(iter(hf_weights(model)), engines[:1], transport, version, 2**29)
+        assert asked[:2] == ["/pause_generation", "/update_weights_from_tensor"]
+        assert asked[2:] == (["/update_weight_version"] if version == "28" else [])
+        reply = await engine.generate(request())
+        assert (reply["output_ids"], reply["meta_info"]["weight_version"]) == (hf_greedy(model, PROMPT, 12), version)
+
+
+async def test_check_equal_finds_a_byte_that_changed_in_the_middle_of_an_adopted_tensor(
+    engines, transport, monkeypatch
+):
+    """Samples do not: they are of the tensor's ends, and this byte changes after it was filled."""
+    fill, name = Segment.fill, "model.layers.0.mlp.up_proj.weight"
+
+    def fill_and_corrupt(self, tensors, bucket, **kwargs):
+        filled = fill(self, tensors, bucket, **kwargs)
+        for slot in bucket.slots:
+            if slot.name == name:
+                self._raw(slot)[slot.nbytes // 2] ^= 1
+        return filled
+
+    await publish(iter(hf_weights(make_model(28))), engines, transport, "28", SMALL_BUFFER)
+    monkeypatch.setattr(Segment, "fill", fill_and_corrupt)
+    await publish(iter(hf_weights(make_model(29))), engines, transport, "29", SMALL_BUFFER)
+    with pytest.raises(WeightUpdateError, match=rf"checksum of {name} on engine-0"):
+        await publish(iter(hf_weights(make_model(30))), engines, transport, "30", SMALL_BUFFER, check_equal=True)
+    assert await engines[0].version() == "29"
+    monkeypatch.undo()
+    await publish(iter(hf_weights(make_model(30))), engines, transport, "30", SMALL_BUFFER, check_equal=True)
 
 
 async def test_a_request_in_the_middle_of_an_update_waits_and_is_served_with_the_new_weights(engines, transport):

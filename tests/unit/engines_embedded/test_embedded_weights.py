@@ -177,6 +177,59 @@ def parameters_checksum(tensor: torch.Tensor) -> str:
     return xxhash.xxh3_64_hexdigest(tensor.contiguous().numpy().tobytes())
 
 
+def _with_samples(fd: int, bucket: tuple, tensors: dict[str, torch.Tensor]) -> tuple:
+    """Arguments of `load_bucket` once the sender has sent samples along, as docs/engines.md says."""
+    raw = [tensor.contiguous().numpy().tobytes() for tensor in tensors.values()]
+    table = np.array([xxhash.xxh3_64_intdigest(data[:64] + data[-64:]) for data in raw], "<u8")
+    place = os.fstat(fd).st_size // 64 * 64 + 64
+    os.pwrite(fd, table.tobytes(), place)
+    return *bucket, place
+
+
+def test_what_is_adopted_by_samples_is_compared_at_both_ends_of_each_tensor(state):
+    new, before, name = _in_order(state, seed=9), state.checksums(), "model.layers.0.mlp.down_proj.weight"
+    with offered(new) as (fd, bucket):
+        sampled = _with_samples(fd, bucket, new)
+        [spec] = [spec for spec in bucket[1] if spec.name == name]
+        for place in (spec.offset_bytes, spec.offset_bytes + spec.size_bytes - 1):
+            kept = os.pread(fd, 1, place)
+            os.pwrite(fd, bytes([kept[0] ^ 1]), place)
+            with pytest.raises(WeightUpdateError, match=f"sample of {name}"):
+                state.load_bucket(*sampled)
+            assert state.checksums() == before
+            with pytest.raises(WeightUpdateError, match="not sent"):
+                state.finish("1")
+            os.pwrite(fd, kept, place)
+        assert state.load_bucket(*sampled) == {}
+        state.finish("1")
+    assert state.checksums() == {name: parameters_checksum(tensor) for name, tensor in new.items()}
+
+
+def test_a_byte_in_the_middle_is_found_by_the_checksums_of_live_parameters_alone(state):
+    new, name = _in_order(state, seed=10), "model.embed_tokens.weight"
+    with offered(new) as (fd, bucket):
+        sampled = _with_samples(fd, bucket, new)
+        [spec] = [spec for spec in bucket[1] if spec.name == name]
+        middle = spec.offset_bytes + spec.size_bytes // 2
+        os.pwrite(fd, bytes([os.pread(fd, 1, middle)[0] ^ 1]), middle)
+        state.load_bucket(*sampled)
+        state.finish("1")
+        differing = [name for name, held in state.checksums().items() if held != parameters_checksum(new[name])]
+    assert differing == [name]
+
+
+def test_samples_are_refused_where_they_lie_outside_or_the_engine_copies(state, monkeypatch):
+    new = _in_order(state, seed=11)
+    with offered(new) as (_, (path, specs, progress, serial)):
+        with pytest.raises(WeightUpdateError, match=r"samples, got 16777216: its .* outside the segment"):
+            state.load_bucket(path, specs, progress, serial, 1 << 24)
+        with pytest.raises(WeightUpdateError, match="samples, got 64: this engine copies"):
+            state.load_bucket(path, specs, progress, None, 64)
+        monkeypatch.setattr(Parameters, "can_adopt", False)
+        with pytest.raises(WeightUpdateError, match="samples, got 64: this engine copies"):
+            state.load_bucket(path, specs, progress, serial, 64)
+
+
 @pytest.mark.parametrize("order", ["reversed", "q alone"])
 def test_tensors_that_do_not_adjoin_are_adopted_by_a_copy(state, order):
     new = _in_order(state, seed=4)
@@ -342,6 +395,29 @@ def test_a_reader_follows_a_sender_that_is_still_writing():
         received = b"".join(bytes(chunk) for chunk in bucket.chunks(spec))
         sender.join()
         assert received == values
+    finally:
+        os.close(fd)
+
+
+def test_samples_are_read_when_the_sender_has_written_them():
+    """Neither a sample nor a tensor is looked at before the tensor's end is announced."""
+    tensors, fd = [bytes([value]) * 128 for value in (1, 2)], os.memfd_create("miles-test")
+    try:
+        os.truncate(fd, 4096)
+        specs = [TensorSpec(name, torch.float32, (32,), 64 + 128 * index) for index, name in enumerate("ab")]
+        bucket = Segments().open(f"/proc/{os.getpid()}/fd/{fd}", specs, 0, 0, 1024)
+
+        def send() -> None:
+            for index, data in enumerate(tensors):
+                time.sleep(0.01)
+                os.pwrite(fd, data, 64 + 128 * index)
+                os.pwrite(fd, xxhash.xxh3_64_intdigest(data).to_bytes(8, "little"), 1024 + 8 * index)
+                os.pwrite(fd, (64 + 128 * (index + 1)).to_bytes(8, "little"), 0)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        bucket.compare_samples(specs, 1024)
+        sender.join()
     finally:
         os.close(fd)
 

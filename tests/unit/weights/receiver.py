@@ -31,6 +31,8 @@ class Receiver:
         self.name = name
         self.adopts = adopts
         self.segments: list[str] = []
+        self.sampled: list[bool] = []
+        self.resumed_by: list[str] = []
         self.fail_on, self.corrupt, self.delay_s = fail_on, corrupt, delay_s
         self.calls: list[str] = []
         self.held: dict[str, torch.Tensor] = {}
@@ -67,7 +69,9 @@ class Receiver:
         self.loads += 1
         self.most_loads = max(self.most_loads, self.loads)
         await asyncio.sleep(self.delay_s)
-        checksums = {}
+        checksums: dict[str, str] = {}
+        self.sampled.append("samples" in payload)
+        assert adopt or not self.sampled[-1], "samples are for what is adopted"
         fd = os.open(payload["segment"], os.O_RDONLY)
         needed = max((e["offset"] + _nbytes(e) for e in payload["tensors"]), default=0)
         while (ready := int.from_bytes(os.pread(fd, 8, payload["progress"]), "little", signed=True)) < needed:
@@ -77,7 +81,7 @@ class Receiver:
                 raise WeightUpdateError(f"engine {self.name}: HTTP 400: the sender gave up")
             await asyncio.sleep(0.001)
         with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as memory:
-            for entry in payload["tensors"]:
+            for index, entry in enumerate(payload["tensors"]):
                 if entry["name"] == self.fail_on:
                     self.loads -= 1
                     os.close(fd)
@@ -88,10 +92,19 @@ class Receiver:
                 self.held[entry["name"]] = flat.reshape(entry["shape"])
                 if adopt:
                     self._offered[entry["name"]] = self._in_place(fd, entry)
-                checksums[entry["name"]] = self._checksum(entry["name"], raw)
+                if self.sampled[-1]:
+                    place = payload["samples"] + 8 * index
+                    sample = int.from_bytes(memory[place : place + 8], "little")
+                    assert sample == xxhash.xxh3_64_intdigest(raw[:64] + raw[-64:]), entry["name"]
+                else:
+                    checksums[entry["name"]] = self._checksum(entry["name"], raw)
         os.close(fd)
         self.loads -= 1
-        return {"success": True, "message": "", "checksums": checksums, **({"kept": True} if adopt else {})}
+        resume = payload.get("continue_generation", False)
+        if resume:
+            await self._serve(payload["weight_version"], "bucket")
+        kept = {"kept": True, "sampled": self.sampled[-1]} if adopt else {}
+        return {"success": True, "message": "", "checksums": checksums, **kept, "serving": resume}
 
     def _in_place(self, fd: int, entry: dict) -> Callable[[], torch.Tensor]:
         """Reads the tensor where it lies, whenever it is called."""
@@ -108,6 +121,10 @@ class Receiver:
         return "0" * 16 if name == self.corrupt else xxhash.xxh3_64_hexdigest(raw)
 
     async def serve(self, version: str) -> None:
+        await self._serve(version, "serve")
+
+    async def _serve(self, version: str, by: str) -> None:
+        self.resumed_by.append(by)
         self.calls.append(f"serve {version}")
         if self.refuses_to_serve:
             raise EngineError(f"engine {self.name}: POST /update_weight_version, got HTTP 500: no")

@@ -79,6 +79,7 @@ def test_every_rank_of_every_engine_reads_each_bucket_also_from_memory_used_befo
     ]
 
     async def send_all():
+        transport.begin(check_equal=True)
         return [await transport.send(bucket, engines) for bucket in buckets]
 
     receipts = asyncio.run(send_all())
