@@ -109,6 +109,17 @@ PARTS: tuple[Part, ...] = (
     Part(
         "more model families",
         {
+            "use-rope-scaling": "Llama 3's scaling of RoPE by Megatron's name",
+            "rope-scaling-factor": "its factor by Megatron's name",
+            "rope-type": "the kind of RoPE of latent attention",
+            "rotary-scaling-factor": "factor of YaRN by Megatron's name",
+            "original-max-position-embeddings": "the first training's context by Megatron's name",
+            "beta-fast": "a bound of YaRN by Megatron's name",
+            "beta-slow": "a bound of YaRN by Megatron's name",
+            "mscale": "sharpness of YaRN by Megatron's name",
+            "mscale-all-dim": "sharpness of YaRN by Megatron's name",
+            "moe-z-loss-coeff": "weight of a loss that keeps the router's logits small",
+            "moe-shared-expert-overlap": "the shared expert computed while tokens are on their way",
             "moe-enable-deepep": "DeepEP dispatch",
             "moe-token-drop-policy": "which tokens are dropped at capacity",
             "use-routing-replay": "expert routing of the log-prob pass replayed in training",
@@ -323,6 +334,20 @@ PARTS: tuple[Part, ...] = (
 
 #: Flag -> what to do meanwhile, where that is not its part's advice.
 INSTEAD: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            *(
+                "use-rope-scaling",
+                "rope-scaling-factor",
+                "rope-type",
+                "rotary-scaling-factor",
+                "mscale",
+                "mscale-all-dim",
+            ),
+            *("original-max-position-embeddings", "beta-fast", "beta-slow"),
+        ),
+        "leave it out: RoPE's scaling is read from config.json, and --rope-scaling is the whole of it",
+    ),
     "bf16": "the device decides: bf16 on GPU, fp32 on CPU",
     "fp16": "the device decides: bf16 on GPU, fp32 on CPU",
     "attention-dropout": "dropout is 0",

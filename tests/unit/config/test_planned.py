@@ -34,6 +34,14 @@ def test_tables_name_flags_that_are_planned() -> None:
         assert not set(choices) & set(fields()[name].choices or ())
 
 
+def test_megatrons_names_of_scaled_rope_name_ours() -> None:
+    for flag in ("--rotary-scaling-factor", "--mscale-all-dim", "--use-rope-scaling"):
+        with pytest.raises(
+            ConfigError, match=r"leave it out: RoPE's scaling is read from config.json, and --rope-scaling"
+        ):
+            parse([flag, "1"])
+
+
 def test_the_line() -> None:
     with pytest.raises(ConfigError) as caught:
         parse(["--lora-rank", "8", "--prometheus-port", "9", "--router-policy", "y", "--bf16"])
