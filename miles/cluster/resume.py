@@ -84,6 +84,7 @@ def look(config: Config, *, num_rollout: int, has_prompts: bool, before: tuple[P
         saved,
         optimizer=config.optimizer.optimizer,
         with_critic=config.grpo.advantage_estimator == "ppo",
+        distributed=config.perf.use_distributed_optimizer,
     )
     state = data_state_of(saved["extra"], start=start, has_prompts=has_prompts)
     notes.append(

@@ -49,6 +49,11 @@ class ParallelSizes:
         """The interleaved schedule goes round the pipeline in whole rounds of micro-batches."""
         return self.pipeline if self.virtual > 1 else 1
 
+    @property
+    def least_micro_batches(self) -> int:
+        """With one round alone its first ranks have no backward pass among their forward ones, and would wait for each other."""
+        return 2 * self.pipeline if self.virtual > 1 else 1
+
 
 def parallel_sizes(config: Config) -> ParallelSizes:
     """As the flags say."""

@@ -396,14 +396,14 @@ def plan_rows(
     group_of_row: np.ndarray | None = None,
 ) -> Plan:
     """`plan_batch` as the flags say."""
-    max_tokens = None
+    max_tokens, sizes = None, parallel_sizes(config)
     if config.perf.use_dynamic_batch_size:
         max_tokens = config.perf.max_tokens_per_gpu
         if max_tokens is None:
             raise ConfigError(
                 "--use-dynamic-batch-size, got no --max-tokens-per-gpu: it is the budget to fill; give it"
             )
-        max_tokens *= config.perf.context_parallel_size
+        max_tokens *= sizes.context
     return plan_batch(
         lengths,
         step_of_row,
@@ -414,7 +414,8 @@ def plan_rows(
         max_tokens=max_tokens,
         balance=config.rollout.balance_data or config.rollout.balance_by_flops,
         costs=layer_flops(config.model, lengths) if config.rollout.balance_by_flops else None,
-        multiple_of=parallel_sizes(config).micro_batch_multiple,
+        multiple_of=sizes.micro_batch_multiple,
+        at_least=sizes.least_micro_batches,
         num_steps=num_steps,
     )
 

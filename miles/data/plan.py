@@ -36,6 +36,7 @@ def plan_batch(
     balance: bool = False,
     costs: Sequence[int] | np.ndarray | None = None,
     multiple_of: int = 1,
+    at_least: int = 1,
     num_steps: int | None = None,
 ) -> Plan:
     """Places every row exactly once.
@@ -48,7 +49,7 @@ def plan_batch(
     needs no more micro-batches.
     balance=False deals a step's units to the ranks in order, as evenly as counts allow; balance=True evens out `costs` [B], or
     tokens where it is None: ranks of a step differ by at most the dearest unit. The number of micro-batches of a step is a
-    multiple of `multiple_of`, as an interleaved pipeline needs it. Raises ValueError on inputs that break these rules.
+    multiple of `multiple_of` from `at_least` up, as an interleaved pipeline needs it. Raises ValueError on inputs that break these rules.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     step_of_row = np.asarray(step_of_row, dtype=np.int64)
@@ -93,7 +94,7 @@ def plan_batch(
         else:
             micro = _by_tokens(units_of_rank, units.tokens, max_tokens, group_of_unit)
         # A step without rows is still a step: the optimizer's momentum moves the weights.
-        count = -(-max(1, *map(len, micro)) // multiple_of) * multiple_of
+        count = -(-max(1, at_least, *map(len, micro)) // multiple_of) * multiple_of
         empty = np.empty(0, dtype=np.int64)
         steps.append(tuple((*map(units.members, own), *[empty] * (count - len(own))) for own in micro))
     return Plan(tuple(steps))

@@ -205,13 +205,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def check_kind(checkpoint: Path, state: dict[str, Any], *, optimizer: str, with_critic: bool) -> None:
+def check_kind(
+    checkpoint: Path, state: dict[str, Any], *, optimizer: str, with_critic: bool, distributed: bool = False
+) -> None:
     """Raises CheckpointError where `state`, the checkpoint's, is of a run that another kind of run cannot continue."""
     saved = state.get("optimizer")
     if saved is not None and saved != optimizer:
         raise CheckpointError(
             f"--optimizer, got {optimizer}: checkpoint {checkpoint} holds the state of {saved}; "
             f"take --optimizer {saved}, or start from its weights with --ref-load"
+        )
+    if saved is not None and bool(state.get("distributed_optimizer")) != distributed:
+        had = "has" if state.get("distributed_optimizer") else "has not"
+        mend = "leave it out" if distributed else "add it"
+        raise CheckpointError(
+            f"--use-distributed-optimizer, got {'true' if distributed else 'false'}: the state in checkpoint {checkpoint} {had} "
+            f"the layout of one; {mend}, or start from its weights with --ref-load"
         )
     if with_critic and state.get("critic_steps") is None:
         raise CheckpointError(

@@ -6,6 +6,7 @@ gradients (summed over ranks) -> norm -> finite? -> clip -> Adam or SGD -> sched
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -107,11 +109,35 @@ def build_optimizer(
     with cpu.cuda_means_cpu():
         optimizer = get_megatron_optimizer(config, list(model), use_gloo_process_groups=False)
     for part in _parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            part.get_parameter_state_dp_zero = functools.partial(_state_in_place, part)
         if part.init_state_fn is None:
             part.init_state_fn = _zero_momentum
         # From the start, so that memory is known before the first step and a checkpoint of step 0 is complete.
         part.init_state_fn(part.optimizer, config)
     return optimizer
+
+
+def _state_in_place(optimizer: DistributedOptimizer, **kwargs: Any) -> dict[Any, Any] | None:
+    """Megatron's state of all data-parallel ranks for a checkpoint, each bucket where the buffer has it.
+
+    Megatron leaves out the padding between buckets, and then cuts parameters out by their places in the buffer: with a second
+    bucket, which a pipeline's copy of a tied embedding has always, it would write other parameters' values.
+    """
+    state: dict[Any, Any] | None = DistributedOptimizer.get_parameter_state_dp_zero(optimizer, **kwargs)
+    for number, buffer in enumerate(optimizer.buffers if state is not None else ()):
+        assert state is not None
+        for of_dtype in state[number].values():
+            for key, packed in of_dtype.items():
+                if not isinstance(packed, Tensor):
+                    continue
+                placed, start = packed.new_zeros(buffer.numel), 0
+                for bucket in buffer.buckets:
+                    stop = start + bucket.numel_unpadded
+                    placed[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:stop]
+                    start = stop
+                of_dtype[key] = placed
+    return state
 
 
 def _zero_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:

@@ -409,6 +409,7 @@ class MegatronTrainer:
                 "global_step": self.global_step,
                 "critic_steps": critic.learner.steps if critic is not None else None,
                 "optimizer": self.config.optimizer.optimizer if with_optimizer else None,
+                "distributed_optimizer": self.config.perf.use_distributed_optimizer,
                 "model": dataclasses.asdict(self.config.model),
                 "world_size": self.parallel.world_size,
                 "extra": extra or {},
@@ -434,7 +435,11 @@ class MegatronTrainer:
         """
         state = checkpoints.read_state(found)
         checkpoints.check_kind(
-            found, state, optimizer=self.config.optimizer.optimizer, with_critic=self._critic is not None
+            found,
+            state,
+            optimizer=self.config.optimizer.optimizer,
+            with_critic=self._critic is not None,
+            distributed=self.config.perf.use_distributed_optimizer,
         )
         self._load_reference(found)
         with_optimizer = state.get("optimizer") is not None

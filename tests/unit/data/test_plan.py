@@ -46,6 +46,7 @@ def batches(draw):
         "unit_of_row": draw(unit_numbers([step for _, step in rows])),
         "group_of_row": draw(st.none() | st.lists(st.integers(0, 5), min_size=len(rows), max_size=len(rows))),
         "multiple_of": draw(st.integers(1, 3)),
+        "at_least": draw(st.integers(1, 4)),
         "max_tokens" if dynamic else "micro_batch_size": limit if dynamic else draw(st.integers(1, 8)),
     }
 
@@ -61,6 +62,7 @@ def test_every_row_once_in_its_step_with_equal_counts_under_the_limit(batch):
         assert len({len(rank) for rank in step}) == 1
         assert len(step[0]) >= 1
         assert len(step[0]) % batch["multiple_of"] == 0
+        assert len(step[0]) >= batch["at_least"]
         for micro in itertools.chain(*step):
             assert all(batch["step_of_row"][i] == number for i in micro)
             assert sorted(micro) == micro.tolist()
@@ -109,7 +111,7 @@ def test_no_micro_batch_is_empty_on_every_rank(batch):
     for step in plan_batch(**batch).steps:
         filled = sum(any(map(len, micro_of_ranks)) for micro_of_ranks in zip(*step, strict=True))
         # One that is empty everywhere fills a step without rows, or the count up to the multiple.
-        assert len(step[0]) - max(filled, 1) < batch["multiple_of"]
+        assert len(step[0]) - max(filled, batch["at_least"]) < batch["multiple_of"]
 
 
 @given(batches())
