@@ -424,14 +424,13 @@ class Scheduler:
         return index
 
     def _score_prompt(self, row: Row, hidden: torch.Tensor) -> None:
-        """Log-probs of prompt tokens after `logprob_start_len`; `hidden` `[T, H]` of the prompt."""
+        """Log-probs of prompt tokens after `logprob_start_len`, at temperature 1 as SGLang's; `hidden` `[T, H]` of the prompt."""
         first, end = row.logprob_start_len, len(row.input_ids) - 1
-        temperature = torch.full((1, 1), row.params.temperature or 1.0, device=self._device)
         targets = torch.as_tensor(row.input_ids[1:], device=self._device)
         found = [np.empty(0, np.float32)]
         for begin in range(first, end, PROMPT_LOGITS_CHUNK):
             stop = min(begin + PROMPT_LOGITS_CHUNK, end)
-            scores = log_probs(self._model.logits(hidden[begin:stop]), temperature)
+            scores = log_probs(self._model.logits(hidden[begin:stop]), None)
             found.append(scores.gather(1, targets[begin:stop, None])[:, 0].cpu().numpy())
             if row.top_logprobs_num:
                 top = top_tokens(scores, dict.fromkeys(range(stop - begin), row.top_logprobs_num))

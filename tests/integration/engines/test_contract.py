@@ -204,14 +204,14 @@ def test_a_greedy_answer_takes_the_likeliest_tokens_with_log_probs_at_temperatur
 
 
 def test_a_prompt_that_nothing_is_asked_after_tells_its_log_probs_and_likeliest_tokens(engine, old_model):
-    """What a teacher is asked for: of the tokens after `logprob_start_len`, with their texts."""
+    """What a teacher is asked for: of the tokens after `logprob_start_len`, with their texts. The temperature has no say."""
     engine.publish(old_model[1], "0")
     prompt, start = [5, 6, 7, 8, 9, 10, 11], 2
     with torch.no_grad():
         table = torch.log_softmax(old_model[1](torch.tensor([prompt])).logits[0, start:-1].double(), -1)
     reply = engine.generate(
         input_ids=prompt,
-        sampling_params={"max_new_tokens": 0, "temperature": 1.0},
+        sampling_params={"max_new_tokens": 0, "temperature": 0.7},
         logprob_start_len=start,
         top_logprobs_num=5,
         return_text_in_logprobs=True,

@@ -34,17 +34,24 @@ def pair(request, tmp_path_factory):
         yield model, engine
 
 
-def _rows(engine, temperature: float, seed: int) -> list[tuple[list[int], np.ndarray]]:
-    """(prompt and answer, log-prob of every token but the first), one per prompt."""
+def _rows(engine, temperature: float, seed: int) -> list[tuple[list[int], np.ndarray, int]]:
+    """(prompt and answer, log-prob of every token but the first, tokens of the prompt), one per prompt."""
     params = {"temperature": temperature, "max_new_tokens": NEW_TOKENS, "ignore_eos": True, "sampling_seed": seed}
     job = engine.generate(input_ids=_prompts(), sampling_params=params, return_logprob=True, logprob_start_len=0)
     return [
         (
             [*row.input_ids.tolist(), *row.output_ids.tolist()],
             np.concatenate((row.input_log_probs, row.output_log_probs)),
+            len(row.input_ids),
         )
         for row in job.rows
     ]
+
+
+def _expected(model, ids: list[int], temperature: float, num_prompt: int) -> np.ndarray:
+    """Log-probs of a prompt are at temperature 1, as SGLang's, those of an answer at its own."""
+    of_prompt, of_answer = (_reference_log_probs(model, ids, each) for each in (1.0, temperature))
+    return np.concatenate([of_prompt[: num_prompt - 1], of_answer[num_prompt - 1 :]])
 
 
 def test_greedy_tokens_equal_transformers_generate(pair):
@@ -67,8 +74,8 @@ def test_greedy_tokens_equal_transformers_generate(pair):
 def test_log_probs_equal_transformers_forward(pair, temperature):
     model, engine = pair
     for seed in range(3):
-        for ids, got in _rows(engine, temperature, seed):
-            np.testing.assert_allclose(got, _reference_log_probs(model, ids, temperature), atol=1e-5, rtol=0)
+        for ids, got, num_prompt in _rows(engine, temperature, seed):
+            np.testing.assert_allclose(got, _expected(model, ids, temperature, num_prompt), atol=1e-5, rtol=0)
 
 
 def test_two_threads_compute_the_same(tmp_path):
@@ -79,7 +86,7 @@ def test_two_threads_compute_the_same(tmp_path):
             rows = _rows(engine, 1.0, 0)
     finally:
         torch.set_num_threads(1)
-    for ids, got in rows:
+    for ids, got, _ in rows:
         np.testing.assert_allclose(got, _reference_log_probs(model, ids, 1.0), atol=1e-5, rtol=0)
 
 
@@ -90,9 +97,9 @@ def test_rounding_is_no_worse_than_transformers_own(family, tmp_path):
     exact = copy.deepcopy(model).double()
     with running_engine(tmp_path) as engine:
         rows = [row for seed in range(2) for row in _rows(engine, 0.7, seed)]
-    truth = np.concatenate([_reference_log_probs(exact, ids, 0.7) for ids, _ in rows])
-    ours = np.concatenate([got for _, got in rows]) - truth
-    theirs = np.concatenate([_reference_log_probs(model, ids, 0.7) for ids, _ in rows]) - truth
+    truth = np.concatenate([_expected(exact, ids, 0.7, num_prompt) for ids, _, num_prompt in rows])
+    ours = np.concatenate([got for _, got, _ in rows]) - truth
+    theirs = np.concatenate([_expected(model, ids, 0.7, num_prompt) for ids, _, num_prompt in rows]) - truth
     assert np.sqrt((ours**2).mean()) < 1.3 * np.sqrt((theirs**2).mean())
     assert abs(ours.mean()) < 3e-7, "a bias is no rounding"
 
