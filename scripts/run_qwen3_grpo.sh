@@ -14,6 +14,7 @@
 #   MODEL          a file of scripts/models/, such as qwen3-4B; found from the checkpoint's shape
 #   CKPT_DIR       where checkpoints are saved and resumed from; checkpoints/<name of HF_CHECKPOINT>
 #   TINY_SEED      seed of the tiny model; 0
+#   DRIVER         train.py, or train_async.py: generate the next rollout while this one trains, on devices of its own
 #   RAY_ADDRESS    a running Ray cluster to submit the job to; every node must see this directory and the data
 #   TORCH_INDEX_URL, MILES_PYTHON    the environment: scripts/lib/venv.sh
 set -euo pipefail
@@ -84,7 +85,6 @@ if [ -z "${HF_CHECKPOINT:-}" ]; then
     --rollout-num-gpus-per-engine 1
   )
   MISC_ARGS=(
-    --colocate
     --run-name tiny-addition
   )
 else
@@ -152,7 +152,6 @@ else
     --sglang-mem-fraction-static 0.7
   )
   MISC_ARGS=(
-    --colocate
     --run-name "$NAME"
   )
 fi
@@ -170,11 +169,13 @@ else
   echo "no file of scripts/models/ has the shape of $HF_CHECKPOINT: train.py derives all of it from config.json"
 fi
 
+[ "${DRIVER:=train.py}" = train_async.py ] || MISC_ARGS+=(--colocate)
+
 launch=()
 if [ -n "${RAY_ADDRESS:-}" ]; then
   launch=("$(dirname -- "$PYTHON")/ray" job submit --address "$RAY_ADDRESS" --)
 fi
-exec "${launch[@]}" "$PYTHON" "$ROOT/train.py" \
+exec "${launch[@]}" "$PYTHON" "$ROOT/$DRIVER" \
   "${MODEL_ARGS[@]}" \
   "${CKPT_ARGS[@]}" \
   "${ROLLOUT_ARGS[@]}" \

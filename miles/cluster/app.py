@@ -60,6 +60,10 @@ class App:
         self._trackers: Trackers | None = None
         self._stack.push(self._end_trackers)
         self._step_started = time.perf_counter()
+        self._ahead: int | None = None
+        """The rollout that was begun ahead of the one in training."""
+        self._generated_meanwhile_s: float | None = None
+        """Seconds that the engines worked on it, until they are accounted for."""
 
     def _lock(self) -> list[RunLock]:
         """One run at a time writes to a run directory, and to a directory of checkpoints."""
@@ -160,7 +164,7 @@ class App:
             self.trainers.look = self.recovery.look
             self.trainers.start(self._total_optimizer_steps(), self.run_dir.path, resume.checkpoint, resume.start)
         dp_size = self.trainers.data_size if self.trainers else 1
-        self.rollout_manager.start(self._engines.addresses, dp_size, resume.data_state)
+        self.rollout_manager.start(self._engines.addresses, dp_size, resume.data_state, resume.checkpoint)
         if config.preference.precompute_ref_log_probs and self.trainers:
             self._score_with_reference(self.trainers)
         self._evaluate = self._choose_evaluation()
@@ -242,8 +246,26 @@ class App:
         """Groups of scored samples from the engines, as one shard per data-parallel rank."""
         with self._phase("rollout", rollout_id + 1):
             generated = self.rollout_manager.generate(rollout_id)
+        self._ahead = None
         self.tracker.add(generated.metrics)
         return generated.shards
+
+    def generate_ahead(self, rollout_id: int) -> None:
+        """Begins a rollout, by the weights that the engines have now; waits for nothing. Nothing beyond the last rollout.
+
+        `await_ahead` has to follow before the weights change, and `generate` takes it.
+        """
+        if rollout_id < self.num_rollout:
+            self.rollout_manager.begin(rollout_id)
+            self._ahead = rollout_id
+
+    def await_ahead(self) -> None:
+        """Returns once the rollout that was begun is there."""
+        if self._ahead is None:
+            return
+        with self._phase("rollout_ahead", self._ahead + 1):
+            metrics = self.rollout_manager.wait_for_rollout(self._ahead)
+        self._generated_meanwhile_s = metrics["perf/generate_time"]
 
     def train(self, rollout_id: int, shards: Sequence[Any]) -> None:
         """All optimizer steps of the rollout; where there are engines, `publish_weights` has to follow."""
@@ -251,8 +273,9 @@ class App:
             return
         step = rollout_id + 1
         with self._phase("train", step):
-            engines = self._engines.addresses
+            engines = self._engines.addresses if self._ahead != step else ()  # they are at work
             trained = self.trainers.train(shards, then_publish=(engines, str(step)) if engines else None)
+            self.recovery.trained(str(step))
             self.tracker.add(trained.metrics)
             self._traces.write_training(rollout_id, trained.log_probs)
 
@@ -325,9 +348,12 @@ class App:
             self._note_all(self._trackers.complaints())
 
     def _bubble(self) -> dict[str, float]:
-        layout = self._prepared.layout
+        layout, step = self._prepared.layout, dict(self.tracker.pending)
+        if self._generated_meanwhile_s is not None and "perf/generate_time" in step:
+            # What the engines did in this step, not what made the rollout that was trained on in it.
+            step["perf/generate_time"], self._generated_meanwhile_s = self._generated_meanwhile_s, None
         engines, trainers = sum(map(len, layout.engine_bundles)), len(layout.actor_bundles)
-        return bubble_metrics(self.tracker.pending, engines=engines, trainers=trainers, shared=layout.colocate)
+        return bubble_metrics(step, engines=engines, trainers=trainers, shared=layout.colocate)
 
     def save_if_due(self, step: int) -> None:
         """Checkpoint of everything trained so far, every --save-interval and after the last rollout."""
@@ -337,8 +363,10 @@ class App:
             return
         if ckpt.save is not None:
             with self._phase("save", step):
-                state = {"rollout": self.rollout_manager.state_after(step - 1)}
-                self.trainers.save(ckpt.save, step, state)
+                manager, ahead = self.rollout_manager, self._ahead == step
+                state = {"rollout": manager.state_after(step if ahead else step - 1, ahead=ahead)}
+                also = functools.partial(manager.keep_ahead, step) if ahead else None
+                self.trainers.save(ckpt.save, step, state, also)
         if ckpt.save_hf is not None:
             with self._phase("save_hf", step):
                 self.trainers.save_hf(ckpt.save_hf.format(rollout_id=step - 1))

@@ -1,4 +1,4 @@
-"""The command line of `train.py`: resolve, check, build, run; every outcome one exit status and one clear message."""
+"""The command line of `train.py` and `train_async.py`: resolve, check, build, run; every outcome one exit status and one clear message."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from .preflight import Prepared
 
 
-def run(train: Callable[[App], None], argv: Sequence[str] | None = None) -> int:
+def run(train: Callable[[App], None], argv: Sequence[str] | None = None, *, rollouts_ahead: int = 0) -> int:
     """The command: resolves the configuration, checks it, builds the application, runs the loop. Returns the exit status.
+
+    `rollouts_ahead` is what the loop does: how many rollouts it begins before the one in training is trained.
 
     2 for wrong input, in one clear line each; 1 for a failed run, with the log's place; 130 after Ctrl-C or SIGTERM.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     app: App | None = None
     try:
-        resolution = resolve(argv)
+        resolution = resolve(argv, rollouts_ahead=rollouts_ahead)
         if resolution.action == "print-config":
             print(resolution.describe())
             return 0

@@ -50,6 +50,9 @@ class EngineRecovery:
         self._supervisor, self._engines, self._manager, self._trainers = supervisor, engines, manager, trainers
         self._max_restarts, self._note = max_restarts, note
         self._version: WeightVersion | None = None
+        """Of the last publication."""
+        self._trained: WeightVersion | None = None
+        """What the trainers hold, where that is newer: engines work ahead under weights that are nowhere else any more."""
         self._waiting: dict[int, float] = {}
         """Engines out of rotation, by number, and since when (monotonic)."""
         self._restarted_at: dict[int, list[float]] = {}
@@ -85,15 +88,24 @@ class EngineRecovery:
                 self._engines.end_server(process)
                 self._supervisor.end_server_of(process)
             return False
-        if not lost and not (trainers_idle and self._waiting):
+        if not lost and not (trainers_idle and self._waiting and self._can_enter()):
             return False
         with self._working():
             self._restart_lost(what)
-            if trainers_idle:
+            if trainers_idle and self._can_enter():
+                if self._trained is not None and self._trained != self._version:
+                    self._say(
+                        f"no engine is left that serves version {self._version}: the rest of {what} is made by {self._trained}"
+                    )
+                    self._version = self._trained
                 if self._trainers is not None and self._version is not None:
                     self._publish(lambda: [self._engines.addresses[number] for number in self._waiting])
                 self._enter_rotation()
         return True
+
+    def _can_enter(self) -> bool:
+        """Whether the trainers have what the engines in rotation serve; where they are further, whether no engine serves."""
+        return self._trained in (None, self._version) or len(self._waiting) == len(self._engines.processes)
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
@@ -105,6 +117,10 @@ class EngineRecovery:
             self._at_work = False
 
     # ------------------------------------------------------------------------------------------------------- weights
+
+    def trained(self, version: WeightVersion) -> None:
+        """The trainers hold `version` from now on."""
+        self._trained = version
 
     def publish(self, version: WeightVersion) -> PublishStats:
         """All engines serve `version` once this returns. A publication that an engine's end broke off is repeated."""

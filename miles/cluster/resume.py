@@ -23,6 +23,7 @@ from miles.trainers.checkpoints import Choice
 _DOING = {
     "start": "starting",
     "rollout": "generating rollout {rollout}",
+    "rollout_ahead": "generating rollout {rollout}, ahead of time",
     "train": "training rollout {rollout}",
     "update_weights": "handing the weights of step {step} to the engines",
     "evaluate": "evaluating step {step}",

@@ -3,6 +3,7 @@
     generate(i): source -> engines -> rewards -> filter -> TrainBatch per data-parallel rank (object store)
                  and the source's state after it, kept until the checkpoint of rollout i is written
     write_samples(i): its samples and traces to the run directory, while the trainers train on it
+    keep_ahead(i): for a checkpoint before rollout i is trained on, where a driver generates ahead
 
 What a checkpoint says was consumed is what was trained: `state_after(i)` is the source as it was when rollout i was
 complete, however far it was read since.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +55,9 @@ SCORE_ALL_INTERVAL = 10
 #: Groups that are scored by the reference in one call.
 UNSCORED_GROUPS = 256
 
+#: File of a checkpoint: the samples of the rollout that comes next, where they were made before the checkpoint was.
+AHEAD = "rollout_ahead.jsonl"
+
 #: States of the source that are kept for a checkpoint yet to come; a driver runs at most a step or two ahead.
 STATES_KEPT = 4
 
@@ -86,6 +91,8 @@ class RolloutManagerActor:
         self._progress = (0, 0, 0)
         self._states: dict[int, dict[str, Any]] = {}
         self._unwritten: dict[int, _Unwritten] = {}
+        self._ahead: dict[int, RolloutOutput] = {}
+        """Rollouts that a checkpoint brought along."""
         self._rollout: Rollout | None = None
         self._dataset: DatasetRollout | None = None
         self._eval_shards: dict[str, tuple[ray.ObjectRef, ...]] = {}
@@ -114,8 +121,15 @@ class RolloutManagerActor:
         if prompts is not None and job_of(config).rows != "prompts":
             self._channels, self._eval_channels = training_channels(config, prompts), channels_of(prompts)
 
-    async def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
-        """Connects to the engines and, when the run continues a checkpoint, takes up its `state`."""
+    async def start(
+        self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any], checkpoint: Path | None = None
+    ) -> None:
+        """Connects to the engines and, when the run continues a `checkpoint`, takes up its `state`."""
+        if (ahead := state.get("ahead")) is not None:
+            assert checkpoint is not None
+            self._ahead[ahead["rollout_id"]] = RolloutOutput(
+                load_rollout_samples(checkpoint / AHEAD), dict(ahead["metrics"])
+            )
         await self._start(engines, dp_size, state)
         settle()
 
@@ -196,7 +210,8 @@ class RolloutManagerActor:
             channels=self._channels,
         )
         if self.source is not None:
-            self._states[rollout_id] = {"source": self.source.state_dict()}
+            ahead = {"rollout_id": rollout_id, "metrics": output.metrics}
+            self._states[rollout_id] = {"source": self.source.state_dict(), "ahead": ahead}
             self._states.pop(rollout_id - STATES_KEPT, None)
         traced = choose_samples(output.groups, built.advantages, self.config.tracking.report_samples)
         for batch in built.batches:
@@ -206,6 +221,7 @@ class RolloutManagerActor:
         metrics = {
             **output.metrics,
             **built.metrics,
+            **_weight_lag(rollout_id, output.groups),
             "perf/generate_time": generated - started,
             "perf/rollout_tokens_per_s": tokens / max(generated - started, 1e-9),
             "perf/batch_time": time.perf_counter() - generated,
@@ -219,6 +235,8 @@ class RolloutManagerActor:
     async def _make(self, rollout_id: int) -> RolloutOutput:
         if template := self.config.debug.load_debug_rollout_data:
             return RolloutOutput(groups=load_rollout_samples(template.format(rollout_id=rollout_id)))
+        if (brought := self._ahead.pop(rollout_id, None)) is not None:
+            return brought
         makes = self._dataset or self._rollout
         assert makes is not None, "start() first"
         return await makes.generate(rollout_id)
@@ -278,7 +296,7 @@ class RolloutManagerActor:
         if (kept := self._unwritten.pop(rollout_id, None)) is None:
             return
         groups = kept.output.groups
-        save_rollout_samples(self.run_dir.samples / f"rollout_{rollout_id:06d}.jsonl", groups)
+        save_rollout_samples(self._samples_file(rollout_id), groups)
         if template := self.config.debug.save_debug_rollout_data:
             save_rollout_samples(Path(template.format(rollout_id=rollout_id)), groups)
         if kept.traced:
@@ -303,15 +321,27 @@ class RolloutManagerActor:
         metrics = {**output.metrics, "perf/eval_time": time.perf_counter() - started}
         return await self._log_hooks.evaluation(rollout_id, output.samples_by_dataset, metrics)
 
-    async def state_after(self, rollout_id: int) -> dict[str, Any]:
-        """The state to save with the checkpoint made of rollouts 0..rollout_id."""
+    async def state_after(self, rollout_id: int, *, ahead: bool = False) -> dict[str, Any]:
+        """The state to save with the checkpoint made of rollouts 0..rollout_id.
+
+        ahead: that one is not trained on yet; `keep_ahead` has to put it into the checkpoint, too.
+        """
         if self.source is None:
             return {}
         if rollout_id not in self._states:
             raise CheckpointError(
                 f"state after rollout {rollout_id}, got states of {sorted(self._states)}: it was not generated here"
             )
-        return self._states[rollout_id]
+        state = self._states[rollout_id]
+        return state if ahead else {"source": state["source"]}
+
+    async def keep_ahead(self, rollout_id: int, directory: Path) -> None:
+        """Puts the samples of a rollout into a checkpoint that is being made: as generated, whatever a hook did to them since."""
+        await self.write_samples(rollout_id)
+        shutil.copyfile(self._samples_file(rollout_id), directory / AHEAD)
+
+    def _samples_file(self, rollout_id: int) -> Path:
+        return self.run_dir.samples / f"rollout_{rollout_id:06d}.jsonl"
 
     async def close(self) -> None:
         if self._rollout is not None:
@@ -333,6 +363,19 @@ class RolloutManagerActor:
         return f"{all_stacks()}\n{tasks}"
 
 
+def _weight_lag(rollout_id: int, groups: Sequence[SampleGroup]) -> dict[str, float]:
+    """Versions between the oldest weights of each sample and those that are trained on it."""
+    lags = [
+        rollout_id - int(sample.weight_versions[0])
+        for group in groups
+        for sample in group
+        if sample.weight_versions and sample.weight_versions[0].isdecimal()
+    ]
+    if not lags:
+        return {}
+    return {"rollout/weight_lag/mean": sum(lags) / len(lags), "rollout/weight_lag/max": float(max(lags))}
+
+
 class RolloutManager:
     """The driver's view of the rollout manager."""
 
@@ -351,7 +394,8 @@ class RolloutManager:
         self._dp_size = 1
         self._engines: list[EngineAddress] = []
         self._version: WeightVersion | None = None
-        self._writing: tuple[int, ray.ObjectRef] | None = None
+        self._begun: dict[int, list[ray.ObjectRef]] = {}
+        self._writing: dict[int, ray.ObjectRef] = {}
 
     def _wait(self, ref: ray.ObjectRef, what: str, *, limit_s: float | None = None, watch: bool = False) -> Any:
         progress = self._poll_progress if watch else None
@@ -367,10 +411,12 @@ class RolloutManager:
         self.on_progress(done, total, tokens)
         return done, total, tokens
 
-    def start(self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any]) -> None:
+    def start(
+        self, engines: Sequence[EngineAddress], dp_size: int, state: dict[str, Any], checkpoint: Path | None = None
+    ) -> None:
         self._engines, self._dp_size = list(engines), dp_size
         self._wait(
-            self.process.handle.start.remote(list(engines), dp_size, state),
+            self.process.handle.start.remote(list(engines), dp_size, state, checkpoint),
             "the rollout manager to start",
             limit_s=self._start_s,
         )
@@ -395,20 +441,33 @@ class RolloutManager:
         self._engines = []
         self.process.handle.take_out_engine.remote(name, why)
 
+    def begin(self, rollout_id: int) -> None:
+        """The rollout is generated by the weights that the engines have now; `generate` takes it. A second call does nothing."""
+        if rollout_id not in self._begun:
+            call = self.process.handle.generate.options(num_returns=self._dp_size + 1)
+            # Results of the call, not objects that it puts: the driver owns them, and small ones travel inside the messages.
+            self._begun[rollout_id] = call.remote(rollout_id, self._version)
+
+    def wait_for_rollout(self, rollout_id: int) -> dict[str, float]:
+        """Returns the metrics of a rollout that was begun, once it is there."""
+        metrics: dict[str, float] = self._wait(self._begun[rollout_id][-1], f"rollout {rollout_id}", watch=True)
+        if rollout_id not in self._writing:
+            self._writing[rollout_id] = self.process.handle.write_samples.remote(rollout_id)
+        return metrics
+
     def generate(self, rollout_id: int) -> Generated:
         """The rollout. Its files are written meanwhile: `wait_for_samples` before it counts as done."""
-        handle = self.process.handle
-        # Results of the call, not objects that it puts: the driver owns them, and small ones travel inside the messages.
-        *shards, metrics = handle.generate.options(num_returns=self._dp_size + 1).remote(rollout_id, self._version)
-        metrics = self._wait(metrics, f"rollout {rollout_id}", watch=True)
-        self._writing = rollout_id, handle.write_samples.remote(rollout_id)
+        self.begin(rollout_id)
+        metrics = self.wait_for_rollout(rollout_id)
+        *shards, _ = self._begun.pop(rollout_id)
         return Generated(tuple(shards), metrics)
 
     def wait_for_samples(self) -> None:
-        """Returns once the samples of the last rollout are on disk."""
-        if self._writing is not None:
-            (rollout_id, written), self._writing = self._writing, None
-            self._wait(written, f"the samples of rollout {rollout_id} to be written")
+        """Returns once the samples of all rollouts so far are on disk."""
+        while self._writing:
+            rollout_id = next(iter(self._writing))
+            self._wait(self._writing[rollout_id], f"the samples of rollout {rollout_id} to be written")
+            del self._writing[rollout_id]
 
     def evaluate(self, rollout_id: int) -> dict[str, float]:
         call = self.process.handle.evaluate.remote(rollout_id, self._version)
@@ -426,10 +485,13 @@ class RolloutManager:
     def evaluation_shards(self) -> dict[str, tuple[ray.ObjectRef, ...]]:
         return self._wait(self.process.handle.evaluation_shards.remote(), "the rows of the evaluations")
 
-    def state_after(self, rollout_id: int) -> dict[str, Any]:
-        return self._wait(
-            self.process.handle.state_after.remote(rollout_id), f"the data state after rollout {rollout_id}"
-        )
+    def state_after(self, rollout_id: int, *, ahead: bool = False) -> dict[str, Any]:
+        call = self.process.handle.state_after.remote(rollout_id, ahead=ahead)
+        return self._wait(call, f"the data state after rollout {rollout_id}")
+
+    def keep_ahead(self, rollout_id: int, directory: Path) -> None:
+        call = self.process.handle.keep_ahead.remote(rollout_id, directory)
+        self._wait(call, f"rollout {rollout_id} to be put into a checkpoint")
 
     def close(self) -> None:
         ray.wait([self.process.handle.close.remote()], timeout=10)

@@ -27,7 +27,7 @@ from miles.engines.client import EngineClient
 from miles.errors import CheckpointError, EngineError, WeightUpdateError
 from miles.interfaces import WeightTransport
 from miles.observe import open_process_log
-from miles.trainers import make_trainer
+from miles.trainers import checkpoints, make_trainer
 from miles.types import TrainBatch, WeightVersion
 from miles.weights import PublishStats, SharedMemoryTransport, TorchSharingTransport, publish
 
@@ -317,9 +317,13 @@ class TrainerGroup:
         if self._begun is not None:
             self._begun.to_former_engines = True
 
-    def save(self, directory: str, iteration: int, extra: dict[str, Any]) -> None:
-        """Returns once the checkpoint of `iteration` is whole on disk and current."""
+    def save(
+        self, directory: str, iteration: int, extra: dict[str, Any], also: Callable[[Path], None] | None = None
+    ) -> None:
+        """Returns once the checkpoint of `iteration` is whole on disk and current. `also` puts more files into it."""
         self._all(f"checkpoint {iteration}", lambda h, _: h.save.remote(directory, iteration, extra))
+        if also is not None:
+            also(checkpoints.partial_directory(directory, iteration))
         first = self.processes[0]
         wait_for(
             {first: first.handle.finish_save.remote(directory, iteration)},

@@ -11,6 +11,7 @@ from typing import Any
 from miles.errors import ConfigError
 
 from .algorithms import CORRECTION_BOUNDS, WHITENED_ESTIMATORS
+from .async_rules import accounts_for_lag
 from .batch_sizes import BatchSizes, solve_batch_sizes
 from .fields import build_config, fields, show
 from .groups import Config
@@ -176,6 +177,12 @@ def _loss(draft: Draft) -> None:
     draft.fill("tis_clip", high, "--off-policy-correction")
 
 
+def _ahead(draft: Draft) -> None:
+    draft.fill("rollouts_ahead", 0, "the driver")
+    if not accounts_for_lag(draft.values):
+        draft.put("use_rollout_logprobs", True, "train_async.py: the weights that answered are older")
+
+
 def _schedule(draft: Draft) -> None:
     v = draft.values
     if v["num_rollout"] is not None and v["num_steps_per_rollout"] is not None:
@@ -264,6 +271,7 @@ STEPS: tuple[Callable[[Draft], None], ...] = (
     _lengths,
     _sampling,
     _loss,
+    _ahead,
     _schedule,
     _ranks,
     _critic,

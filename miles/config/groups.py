@@ -282,6 +282,8 @@ class RolloutArgs:
     """Generation hook: `async f(args, sample, sampling_params) -> Sample | list[Sample]`."""
     custom_generate_timeout: float = 1800.0
     """Seconds for one call of the generation hook, all its turns; the sample is FAILED beyond it."""
+    rollouts_ahead: int | None = None
+    """Rollouts that are generated before the one in training is trained: 0 with train.py, 1 with train_async.py, which set it."""
     over_sampling_batch_size: int | None = None
     """Groups requested at a time; defaults to --rollout-batch-size."""
     dynamic_sampling_filter_path: str | None = None
@@ -440,6 +442,8 @@ class GrpoArgs:
     """Leave truncated responses out of the loss; they stay in their group's statistics."""
     use_rollout_logprobs: bool = False
     """Take the engine's log-probs as the old policy's."""
+    keep_old_actor: bool = False
+    """Old log-probs from the weights that made the rollout, kept in host memory, where these are older than the trainer's (train_async.py); in train.py they are the same."""
     use_tis: bool = False
     """Truncated importance sampling: short for --off-policy-correction token_truncate."""
     off_policy_correction: str | None = None

@@ -32,7 +32,6 @@ PARTS: tuple[Part, ...] = (
         {
             "custom-pg-loss-reducer-function-path": "a reduction of the policy loss of one's own",
             "disable-compute-advantages-and-returns": "training without advantages, for supervised losses",
-            "keep-old-actor": "old log-probs from the weights that generated the data, where they lag behind",
             "skip-actor-forward-only": "leaving out the pass for old log-probs",
             "reset-optimizer-states": "Adam moments set to zero at each rollout",
             "use-rollout-entropy": "entropy from the log-prob pass",
@@ -391,8 +390,6 @@ ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "control-server-port": (("0",),),
     "observe-training-entropy": ((),),
     "get-mismatch-metrics": ((),),
-    # Every rollout is made by the weights that the trainers have when they get it.
-    "keep-old-actor": ((),),
 }
 
 #: Field -> choices that its flag will have -> what they would do.

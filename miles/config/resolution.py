@@ -19,7 +19,7 @@ from .engine_args import engine_args_not_in_effect
 from .fields import coerce_all, fields, group_types, show
 from .groups import Config
 from .platform import Platform, detect_platform
-from .problem import raise_if
+from .problem import Problem, raise_if
 from .rules import Facts, check_rules, warnings
 from .secrets import hide_secrets, public_dict
 from .source import COMMAND_LINE, Source
@@ -75,10 +75,12 @@ class Resolution:
         return "\n".join(lines[1:])
 
 
-def resolve(argv: Sequence[str] | None = None, *, platform: Platform | None = None) -> Resolution:
+def resolve(
+    argv: Sequence[str] | None = None, *, platform: Platform | None = None, rollouts_ahead: int = 0
+) -> Resolution:
     """Reads `argv` (default: `sys.argv[1:]`) and the files that it names. Prints nothing, except for `--help` (exit 0).
 
-    `platform` is the machine that defaults follow; found if not given. Raises `ConfigError` with every problem.
+    `platform` is the machine that defaults follow; found if not given. `rollouts_ahead` is the driver's. Raises `ConfigError` with every problem.
     """
     line = parse(sys.argv[1:] if argv is None else argv)
     values: dict[str, Any] = {}
@@ -96,6 +98,11 @@ def resolve(argv: Sequence[str] | None = None, *, platform: Platform | None = No
     engine.update(line.engine)
     values.update(line.values)
     sources.update(dict.fromkeys([*line.values, *(["sglang_args"] if line.engine else [])], COMMAND_LINE))
+    driver = "train_async.py" if rollouts_ahead else "train.py"
+    if values.setdefault("rollouts_ahead", rollouts_ahead) != rollouts_ahead:
+        why = f"{driver} generates {rollouts_ahead} ahead"
+        raise_if([Problem("--rollouts-ahead", values["rollouts_ahead"], why, "leave it out, and choose the driver")])
+    sources.setdefault("rollouts_ahead", Source("derived", driver))
     if engine:
         values["sglang_args"] = {**values.get("sglang_args", {}), **engine}
     return _finish(values, sources, line.action, platform or detect_platform(), launch=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from miles.errors import ConfigError
 
 from .algorithm_rules import ALGORITHM_RANGES, ALGORITHM_RULES, algorithm_warnings
+from .async_rules import ASYNC_RULES
 from .critic_rules import CRITIC_RANGES, CRITIC_RULES
 from .distillation_rules import DISTILLATION_RANGES, DISTILLATION_RULES
 from .engine_args import DETERMINISTIC_BACKENDS, check_engine_args
@@ -628,6 +629,7 @@ RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *ALGORITHM_RULES,
     *CRITIC_RULES,
+    *ASYNC_RULES,
     *REWARD_RULES,
     *JOB_RULES,
     *DISTILLATION_RULES,

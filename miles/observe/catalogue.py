@@ -60,6 +60,14 @@ GROUPS: tuple[Group, ...] = (
                 "rises; it is of training prompts, so judge progress by eval/",
             ),
             (
+                "rollout/weight_lag/mean",
+                "versions between the oldest weights that made a sample and those that train on it",
+                "samples",
+                "versions",
+                "0 with train.py, 1 with train_async.py after the first rollout",
+            ),
+            ("rollout/weight_lag/max", "the largest of them", "-", "versions", "as above"),
+            (
                 "rollout/raw_reward/ci_low",
                 "lower end of the 95 % interval of that mean",
                 "groups as clusters; from 2 groups on",
@@ -634,6 +642,13 @@ GROUPS: tuple[Group, ...] = (
                 "all engines together",
                 "tokens/s",
                 "steady; falls with response length",
+            ),
+            (
+                "perf/rollout_ahead_time",
+                "phase: the driver waits, after training, for the rollout that was made meanwhile (train_async.py)",
+                "-",
+                "s",
+                "0 where training is the longer one",
             ),
             ("perf/train_time", "phase: the driver waits for the trainers", "-", "s", "-"),
             ("perf/actor_train_time", "part of it: forward, backward, optimizer", "main rank", "s", "near train_time"),

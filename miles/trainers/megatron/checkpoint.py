@@ -4,6 +4,7 @@
     load_state, load_rng    <- DIR/iter_0000007/       a whole one
                                DIR/iter_0000007/critic/    a critic's state, where there is one
                                DIR/iter_0000007/reference/    the reference's weights, where the actor's have become those
+                               DIR/iter_0000007/old_actor/    those that made the rollout which comes next
 
 The state is a Megatron distributed checkpoint (torch_dist), so that it can be loaded with other parallel sizes.
 """
@@ -14,7 +15,7 @@ import functools
 import json
 import queue
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ from miles.trainers.checkpoints import STATE, partial_directory
 
 from . import cpu, rng
 from .parallel import Parallel
-from .roles import ReferenceWeights
+from .roles import SleepingWeights
 
 #: Directory within a checkpoint that holds the critic's state.
 CRITIC = "critic"
 #: ... and the one that holds a reference that is not the run's first.
 REFERENCE = "reference"
+#: ... and the one with the weights that made the rollout which comes next, where they are older than the actor's.
+OLD_ACTOR = "old_actor"
 
 # ----------------------------------------------------------------------------------------------------------------- write
 
@@ -52,28 +55,26 @@ def save_state(
     state: dict[str, Any],
     parallel: Parallel,
     critic: tuple[Sequence[GPTModel], MegatronOptimizer | None] | None = None,
-    reference: ReferenceWeights | None = None,
+    others: Mapping[str, SleepingWeights] | None = None,
 ) -> Path:
     """Writes this rank's part into the partial directory, emptied first, and returns that. Every rank calls it.
 
     `optimizer` None leaves the optimizer out. `state` is JSON-ready and the same on every rank. `critic`: its model and
-    optimizer, likewise. `reference`: other weights of `model`.
+    optimizer, likewise. `others`: further weights of `model`, by the name of their directory.
     """
     partial = partial_directory(directory, iteration)
     parts = {partial: (model, optimizer), **({partial / CRITIC: critic} if critic else {})}
     if parallel.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-        for place in (*parts, *([partial / REFERENCE] if reference is not None else [])):
+        for place in (*parts, *(partial / name for name in others or {})):
             place.mkdir(parents=True)
     parallel.barrier()
     with cpu.cuda_means_cpu():
         for place, part in parts.items():
             dist_checkpointing.save(_sharded_state(*part, parallel), str(place), InProcessSave())
-        if reference is not None:
-            with reference.awake():
-                dist_checkpointing.save(
-                    _sharded_state(model, None, parallel), str(partial / REFERENCE), InProcessSave()
-                )
+        for name, weights in (others or {}).items():
+            with weights.awake():
+                dist_checkpointing.save(_sharded_state(model, None, parallel), str(partial / name), InProcessSave())
     rng.save(partial / _rng_file(parallel.rank))
     if parallel.is_main:
         (partial / STATE).write_text(json.dumps({"iteration": iteration, **state}, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""Two sets of weights in one model: the actor's, and while it sleeps the reference's.
+"""Several sets of weights in one model: the actor's, and while these sleep the reference's, or those of an earlier actor.
 
-Both sleep in host memory. On a CPU the two exchange places without a copy; on a GPU they cross the bus.
+All of them sleep in host memory. On a CPU the two exchange places without a copy; on a GPU they cross the bus.
 """
 
 from __future__ import annotations
@@ -14,27 +14,32 @@ from torch import Tensor
 from .hf_names import trained_tensors
 
 
-class ReferenceWeights:
-    """The frozen reference, awake inside `awake()`. Made while the model holds the reference's weights."""
+class SleepingWeights:
+    """Other weights of the actor's model, which has them inside `awake()`. Made while the model holds them."""
 
     def __init__(self, model: Iterable[torch.nn.Module]):
+<<<<<<< HEAD
         self._params = [tensor for part in model for _, tensor in trained_tensors(part)]
         self._reference = [_host_copy(p) for p in self._params]
+=======
+        self._params = [param for part in model for param in part.parameters()]
+        self._others = [_host_copy(p) for p in self._params]
+>>>>>>> 6f138d3 (train_async.py: the next rollout is generated while this one trains, off-policy by one version)
         # The actor's place to sleep; on a CPU its own memory is that place.
         self._actor = [_host_copy(p) for p in self._params if p.is_cuda]
         self.is_first = True
-        """Not `take`n yet: the reference is what the run was started with."""
+        """Not `take`n yet: they are what the run was started with."""
 
     @torch.no_grad()
     def take(self) -> None:
-        """The weights that the model has now become the reference."""
-        for param, reference in zip(self._params, self._reference, strict=True):
-            reference.copy_(param)
+        """The weights that the model has now sleep from now on."""
+        for param, other in zip(self._params, self._others, strict=True):
+            other.copy_(param)
         self.is_first = False
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """The model computes as the reference; the actor's weights are back, bit for bit, afterwards, also on an error."""
+        """The model computes with these weights; the actor's are back, bit for bit, afterwards, also on an error."""
         self._enter()
         try:
             yield
@@ -46,9 +51,9 @@ class ReferenceWeights:
         if not self._actor:
             self._exchange()
             return
-        for param, actor, reference in zip(self._params, self._actor, self._reference, strict=True):
+        for param, actor, other in zip(self._params, self._actor, self._others, strict=True):
             actor.copy_(param, non_blocking=True)
-            param.copy_(reference, non_blocking=True)
+            param.copy_(other, non_blocking=True)
 
     @torch.no_grad()
     def _leave(self) -> None:
@@ -60,7 +65,7 @@ class ReferenceWeights:
 
     def _exchange(self) -> None:
         for i, param in enumerate(self._params):
-            param.data, self._reference[i] = self._reference[i], param.data
+            param.data, self._others[i] = self._others[i], param.data
 
 
 def _host_copy(param: Tensor) -> Tensor:

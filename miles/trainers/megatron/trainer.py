@@ -9,6 +9,7 @@ All ranks call each method together, in the same order. Nothing here knows of Ra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,7 +17,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from .model_weights import ModelWeights, name_map
 from .packing import MicroBatch, pack, split_rows, traced_log_probs, with_last_inputs
 from .parallel import Parallel
 from .preparation import critic_advantages, entropy_mask, token_advantage_spec, token_advantages
-from .roles import ReferenceWeights
+from .roles import SleepingWeights
 from .scores import ScorePasses
 from .step import KnownLogProbs, Mismatched, Passes
 from .teacher import Teacher
@@ -109,7 +109,9 @@ class MegatronTrainer:
             self.close()
             raise
         self._share_prompts = shares_prompts(config, self.parallel.device)
-        self._reference: ReferenceWeights | None = None
+        self._reference: SleepingWeights | None = None
+        self._old_actor: SleepingWeights | None = None
+        """The weights that made the rollout which comes next."""
         self._timers = Timers()
 
     @property
@@ -134,7 +136,9 @@ class MegatronTrainer:
                 )
             self.load_weights(warm_start)
         if self._loss.needs_reference:
-            self._reference = ReferenceWeights(self._model)
+            self._reference = SleepingWeights(self._model)
+        if self.config.grpo.keep_old_actor and self.config.rollout.rollouts_ahead:
+            self._old_actor = SleepingWeights(self._model)
         if self._critic is not None:
             self._critic.start(warm_start if resume_from is None else None)
         self._build_training()
@@ -183,6 +187,8 @@ class MegatronTrainer:
         self._check(batch)
         steps = self._pack(batch)
         known, prepared = self._prepare(batch, steps)
+        if self._old_actor is not None:
+            self._old_actor.take()
         per_step: list[dict[str, float]] = [{} for _ in steps]
         if self._critic is not None:
             assert known.values is not None
@@ -275,9 +281,11 @@ class MegatronTrainer:
             with self._timers.phase("teacher_log_probs"):
                 teacher = self._teacher.log_probs(flat, num_tokens)
         compares = spec.kl_coef != 0 or spec.opd_kl_coef != 0
-        needs_old = (len(steps) > 1 or compares) and self._loss.needs_old_log_probs
+        old_actor = self._old_actor
+        needs_old = (len(steps) > 1 or compares or old_actor is not None) and self._loss.needs_old_log_probs
         if needs_old or grpo.entropy_quantile < 1:
-            with self._timers.phase("old_log_probs"):
+            behind_it = old_actor.awake() if old_actor is not None else contextlib.nullcontext()
+            with self._timers.phase("old_log_probs"), behind_it:
                 scores = self._passes.score(flat, num_tokens)
         old = scores.log_probs if scores is not None and needs_old else None
         if not spec.is_identity:
@@ -294,8 +302,8 @@ class MegatronTrainer:
         if grpo.entropy_quantile < 1:
             assert scores is not None
             policy_mask = entropy_mask(batch, scores.entropies, grpo.entropy_quantile, self.parallel)
-        # With one update the step's own log-probs are the old ones, to the last bit.
-        old = old if len(steps) > 1 else None
+        if len(steps) == 1 and old_actor is None:  # the step's own log-probs are the old ones, to the last bit
+            old = None
         return KnownLogProbs(old, reference, advantages, policy_mask, values, returns), metrics
 
     def _mismatched(self, batch: TrainBatch) -> list[Mismatched | None]:
@@ -321,7 +329,7 @@ class MegatronTrainer:
     def _rollout_log_probs(self, batch: TrainBatch) -> Tensor:
         return torch.from_numpy(batch.ragged["rollout_log_probs"]).to(self.parallel.device)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _keeping_non_finite(self, batch: TrainBatch, number: int, whose: str = "") -> Iterator[None]:
         """Of a step that is not finite, the batch is kept and the error names it."""
         try:
@@ -415,7 +423,7 @@ class MegatronTrainer:
                 "extra": extra or {},
             },
             parallel=self.parallel,
-            reference=self._reference if self._reference is not None and not self._reference.is_first else None,
+            others=self._sleeping(),
         )
         if critic is not None and self.config.ckpt.critic_save is not None:
             critic.save_hf(self.config.ckpt.critic_save)
@@ -441,7 +449,7 @@ class MegatronTrainer:
             with_critic=self._critic is not None,
             distributed=self.config.perf.use_distributed_optimizer,
         )
-        self._load_reference(found)
+        self._load_others(found)
         with_optimizer = state.get("optimizer") is not None
         optimizer = self._actor.optimizer if with_optimizer else None
         checkpoint.load_state(found, model=self._model, optimizer=optimizer, parallel=self.parallel)
@@ -453,12 +461,27 @@ class MegatronTrainer:
         checkpoint.load_rng(found, self.parallel)
         return int(state["iteration"])
 
-    def _load_reference(self, found: Path) -> None:
-        """The reference of a checkpoint whose run had updated it; before the actor's weights, since it passes through the model."""
-        place = found / checkpoint.REFERENCE
-        if self._reference is not None and place.is_dir():
-            checkpoint.load_state(place, model=self._model, optimizer=None, parallel=self.parallel)
-            self._reference.take()
+    def _sleeping(self) -> dict[str, SleepingWeights]:
+        """Further weights that a checkpoint needs, by the name of their directory in it."""
+        found = {}
+        if self._reference is not None and not self._reference.is_first:
+            found[checkpoint.REFERENCE] = self._reference
+        if self._old_actor is not None:
+            found[checkpoint.OLD_ACTOR] = self._old_actor
+        return found
+
+    def _load_others(self, found: Path) -> None:
+        """Further weights of a checkpoint; before the actor's, since they pass through the model. Where it has none of an earlier
+        actor, no rollout was made ahead of it: the next one is made by its own weights."""
+        for name, weights in ((checkpoint.REFERENCE, self._reference), (checkpoint.OLD_ACTOR, self._old_actor)):
+            if weights is None:
+                continue
+            if (found / name).is_dir():
+                checkpoint.load_state(found / name, model=self._model, optimizer=None, parallel=self.parallel)
+                weights.take()
+            elif name == checkpoint.OLD_ACTOR:
+                checkpoint.load_state(found, model=self._model, optimizer=None, parallel=self.parallel)
+                weights.take()
 
     def save_hf(self, path: str | Path) -> None:
         """Writes an HF directory that transformers loads, with the tokenizer of --hf-checkpoint. Every rank calls it."""

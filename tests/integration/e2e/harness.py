@@ -90,10 +90,10 @@ def environment() -> dict[str, str]:
     return {**env, "PYTHONUNBUFFERED": "1"}
 
 
-def start(argv: list[str], run_dir: Path, **more: str) -> subprocess.Popen[str]:
+def start(argv: list[str], run_dir: Path, *, driver: str = "train.py", **more: str) -> subprocess.Popen[str]:
     """more: of the environment."""
     return subprocess.Popen(
-        [sys.executable, str(REPO / "train.py"), *argv, "--run-dir", str(run_dir)],
+        [sys.executable, str(REPO / driver), *argv, "--run-dir", str(run_dir)],
         cwd=REPO,
         env=environment() | more,
         stdout=subprocess.PIPE,
@@ -103,9 +103,11 @@ def start(argv: list[str], run_dir: Path, **more: str) -> subprocess.Popen[str]:
     )
 
 
-def train(argv: list[str], run_dir: Path, *, timeout_s: float = 150, **environment: str) -> Finished:
+def train(
+    argv: list[str], run_dir: Path, *, timeout_s: float = 150, driver: str = "train.py", **environment: str
+) -> Finished:
     """Runs to the end, or kills what this call started and fails."""
-    process = start(argv, run_dir, **environment)
+    process = start(argv, run_dir, driver=driver, **environment)
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -115,7 +117,9 @@ def train(argv: list[str], run_dir: Path, *, timeout_s: float = 150, **environme
     return Finished(process.returncode, output, run_dir)
 
 
-def check_continues_exactly(whole: Finished, argv: list[str], tmp_path: Path, *, iteration: int) -> None:
+def check_continues_exactly(
+    whole: Finished, argv: list[str], tmp_path: Path, *, iteration: int, driver: str = "train.py"
+) -> None:
     """A run of the same flags, from checkpoint `iteration` of `whole`, makes what `whole` made after it, to the last bit.
 
     `argv` is that of `whole`, with --save and --save-hf.
@@ -125,7 +129,7 @@ def check_continues_exactly(whole: Finished, argv: list[str], tmp_path: Path, *,
     ours = {"--save": str(again / "ckpt"), "--save-hf": str(again / Path(last["--save-hf"]).name)}
     start = Path(last["--save"]) / f"iter_{iteration:07d}"
     moved = [*argv, "--load", str(start), *(word for pair in ours.items() for word in pair)]
-    continued = train(moved, tmp_path / "again-run").check()
+    continued = train(moved, tmp_path / "again-run", driver=driver).check()
     expected = [line for line in whole.metrics if line["step"] > iteration and "train/global_step" in line]
     made = [line for line in continued.metrics if "train/global_step" in line]
     assert expected
