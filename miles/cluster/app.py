@@ -41,6 +41,11 @@ class App:
     `step` is the weight version: the number of rollouts trained. Metrics of rollout i belong to step i + 1.
     """
 
+    _ahead: int | None = None
+    """The rollout that was begun ahead of the one in training."""
+    _generated_meanwhile_s: float | None = None
+    """Seconds that the engines worked on it, until they are accounted for."""
+
     def __init__(self, prepared: Prepared, resolution: Resolution, display: Display):
         self.config: Config = prepared.config
         self._prepared, self._resolution = prepared, resolution
@@ -60,10 +65,6 @@ class App:
         self._trackers: Trackers | None = None
         self._stack.push(self._end_trackers)
         self._step_started = time.perf_counter()
-        self._ahead: int | None = None
-        """The rollout that was begun ahead of the one in training."""
-        self._generated_meanwhile_s: float | None = None
-        """Seconds that the engines worked on it, until they are accounted for."""
 
     def _lock(self) -> list[RunLock]:
         """One run at a time writes to a run directory, and to a directory of checkpoints."""

@@ -99,4 +99,7 @@ def _asked(group: SampleGroup, decode: Callable[[Sequence[int]], str]) -> Sample
 def author_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
     """`student_ratio` and `teacher_ratio`: the shares of rows that they answered."""
     authors = [group[0].metadata[ANSWERED_BY] for group in groups]
-    return {f"rollout/{who}_ratio": authors.count(who) / len(authors) for who in (Author.STUDENT, Author.TEACHER)}
+    return {
+        "rollout/student_ratio": authors.count(Author.STUDENT) / len(authors),
+        "rollout/teacher_ratio": authors.count(Author.TEACHER) / len(authors),
+    }

@@ -18,13 +18,8 @@ class SleepingWeights:
     """Other weights of the actor's model, which has them inside `awake()`. Made while the model holds them."""
 
     def __init__(self, model: Iterable[torch.nn.Module]):
-<<<<<<< HEAD
         self._params = [tensor for part in model for _, tensor in trained_tensors(part)]
-        self._reference = [_host_copy(p) for p in self._params]
-=======
-        self._params = [param for part in model for param in part.parameters()]
         self._others = [_host_copy(p) for p in self._params]
->>>>>>> 6f138d3 (train_async.py: the next rollout is generated while this one trains, off-policy by one version)
         # The actor's place to sleep; on a CPU its own memory is that place.
         self._actor = [_host_copy(p) for p in self._params if p.is_cuda]
         self.is_first = True
