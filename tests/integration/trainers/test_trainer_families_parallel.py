@@ -92,3 +92,28 @@ def test_two_ranks_are_as_one(
         rows = [row for rank in replicas for row in rank.log_probs]
         for ours, theirs in zip(rows, expected.log_probs, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5, err_msg=case)
+
+
+def _save(
+    rank: int, world_size: int, port: int, hf: Path, run_dir: Path, flags: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The weights after a step, of which a checkpoint is written."""
+    config = config_for(hf, actor_num_gpus_per_node=world_size, **_OPTIMIZER, **flags)
+    with trainer_for(config, run_dir, rank=rank, world_size=world_size, port=port) as trainer:
+        trainer.train(share(_batch(), [np.arange(_batch().num_rows)], 2))
+        trainer.save(run_dir / "ckpt", 1, {})
+        if rank == 0:
+            trainer.finish_save(run_dir / "ckpt", 1)
+        return {name: tensor.clone() for name, tensor in trainer.named_weights()}
+
+
+@pytest.mark.parametrize("case", ["qwen3_next", "gpt_oss", "deepseek_v3", "glm4"])
+def test_a_checkpoint_of_two_ranks_is_read_by_one_bitwise(tmp_path: Path, case: str) -> None:
+    hf = tmp_path / "model"
+    save_model(case, hf)
+    flags = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    saved = run_ranks(2, _save, hf, tmp_path, flags)[0]
+    with trainer_for(config_for(hf, load=str(tmp_path / "ckpt"), **_OPTIMIZER), tmp_path) as trainer:
+        found = {name: tensor.clone() for name, tensor in trainer.named_weights()}
+    assert found.keys() == saved.keys()
+    assert [name for name in saved if not torch.equal(found[name], saved[name])] == []
