@@ -358,6 +358,12 @@ class PerfArgs:
     """Trainer ranks that share the experts of each layer; taken from those that hold the same layer."""
     expert_tensor_parallel_size: int = 1
     """Trainer ranks that share each expert."""
+    recompute_granularity: Literal["full"] | None = None
+    """Activations of whole layers are not kept but computed again in the backward pass."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """uniform: all layers, kept at every --recompute-num-layers; block: the first so many of each pipeline stage. Default: uniform."""
+    recompute_num_layers: int | None = None
+    """See --recompute-method; defaults to 1."""
     use_distributed_optimizer: bool = False
     """Optimizer state shared by the data-parallel ranks, a part each."""
     overlap_grad_reduce: bool = False

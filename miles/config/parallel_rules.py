@@ -16,7 +16,7 @@ PARALLEL_RANGES: dict[str, Range] = dict.fromkeys(
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
         *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-        *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+        *("expert_model_parallel_size", "expert_tensor_parallel_size", "recompute_num_layers"),
     ],
     Range(1),
 )
@@ -157,6 +157,25 @@ def pipeline_flags_need_pipeline(facts: Facts) -> Iterator[Problem]:
     )
 
 
+def recomputation_is_asked_for(facts: Facts) -> Iterator[Problem]:
+    yield from needs(
+        facts,
+        ("recompute_method", "recompute_num_layers"),
+        unless=facts.config.perf.recompute_granularity is not None,
+        why="nothing is computed again",
+        fix="add --recompute-granularity full, or leave it out",
+    )
+
+
+def recomputed_layers_are_there(facts: Facts) -> Iterator[Problem]:
+    perf, sizes, layers = facts.config.perf, _sizes(facts), facts.config.model.num_layers
+    if perf.recompute_num_layers is None or perf.recompute_granularity is None or layers is None or sizes is None:
+        return
+    if perf.recompute_num_layers > (own := layers // sizes.pipeline):
+        why = f"a pipeline rank has {layers} / {sizes.pipeline} = {own} layers"
+        yield Problem("--recompute-num-layers", perf.recompute_num_layers, why, f"give at most {own}")
+
+
 def overlap_needs_parts(facts: Facts) -> Iterator[Problem]:
     perf = facts.config.perf
     if perf.overlap_param_gather and not (perf.use_distributed_optimizer and perf.overlap_grad_reduce):
@@ -188,6 +207,8 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     dispatcher_knows_sizes_that_differ,
     virtual_stages_are_said_once,
     pipeline_flags_need_pipeline,
+    recomputation_is_asked_for,
+    recomputed_layers_are_there,
     overlap_needs_parts,
     distributed_optimizer_is_adam,
     teacher_is_whole,

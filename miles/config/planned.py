@@ -66,9 +66,6 @@ PARTS: tuple[Part, ...] = (
     Part(
         "training memory and speed",
         {
-            "recompute-granularity": "activation recomputation",
-            "recompute-method": "activation recomputation",
-            "recompute-num-layers": "activation recomputation",
             "recompute-loss-function": "recomputation of the loss",
             "optimizer-cpu-offload": "optimizer state in host memory",
             "overlap-cpu-optimizer-d2h-h2d": "overlapped copies of that state",
@@ -395,6 +392,7 @@ ALREADY_SO: Mapping[str, tuple[tuple[str, ...], ...]] = {
 #: Field -> choices that its flag will have -> what they would do.
 PLANNED_CHOICES: Mapping[str, Mapping[str, str]] = {
     "train_backend": {"fsdp": "the FSDP trainer"},
+    "recompute_granularity": {"selective": "attention alone computed again"},
     "optimizer": {"muon": "the Muon optimizer"},
     "moe_token_dispatcher_type": {"flex": "DeepEP dispatch"},
     "moe_router_load_balancing_type": {"global_aux_loss": "balance over several steps", "sinkhorn": "another balance"},

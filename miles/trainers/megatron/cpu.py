@@ -45,6 +45,8 @@ def cuda_means_cpu() -> Iterator[None]:
         return
     # torch lists its own factories on first use, for `with torch.device(...)`: it must not find ours.
     _device._device_constructors()
+    from megatron.core.tensor_parallel import random  # `prepare` comes before
+
     with ExitStack() as stack:
         # Parameters, gradient buffers and rotary tables are allocated on the current device.
         stack.enter_context(_replaced(torch.cuda, "current_device", lambda: _CPU))
@@ -56,6 +58,9 @@ def cuda_means_cpu() -> Iterator[None]:
         stack.enter_context(_replaced(torch.cuda, "Stream", _NoStream))
         stack.enter_context(_replaced(torch.cuda, "current_stream", _NoStream))
         stack.enter_context(_replaced(torch.cuda, "stream", nullcontext))
+        # Recomputation puts the generator of the GPU back; that of the CPU it keeps by itself.
+        stack.enter_context(_replaced(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()))
+        stack.enter_context(_replaced(random, "_set_cuda_rng_state", lambda *_, **__: None))
         # Schedules, optimizers and checkpoints make small tensors with `device="cuda"` and pinned memory.
         for name, factory in _patched().items():
             stack.enter_context(_replaced(torch, name, factory))

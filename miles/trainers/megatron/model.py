@@ -112,6 +112,9 @@ def transformer_config(config: Config, sizes: ParallelSizes, device: torch.devic
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         sequence_parallel=sizes.sequence_parallel,
+        recompute_granularity=config.perf.recompute_granularity,
+        recompute_method=(config.perf.recompute_method or "uniform") if config.perf.recompute_granularity else None,
+        recompute_num_layers=(config.perf.recompute_num_layers or 1) if config.perf.recompute_granularity else None,
         deterministic_mode=config.cluster.deterministic_mode,
         # The fused kernels come with Transformer Engine or Apex.
         persist_layer_norm=False,

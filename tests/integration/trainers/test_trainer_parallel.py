@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from miles.config.parallel import parallel_sizes
+from miles.trainers.megatron.layers import PackedLayer
 from miles.types import TrainBatch
 
 from .trainer_tools import (
@@ -185,6 +186,28 @@ def test_a_shared_model_trains_as_hf_does(tmp_path_factory: pytest.TempPathFacto
     for rank in ranks[1:]:
         for mine, first in zip(rank.metrics, ranks[0].metrics, strict=True):
             assert _without_times(mine) == _without_times(first)
+
+
+@pytest.mark.parametrize(
+    ("flags", "again"),
+    [({}, 4), ({"recompute_num_layers": 2}, 4), ({"recompute_method": "block", "recompute_num_layers": 3}, 3)],
+)
+def test_recomputation_runs_layers_again_and_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], again: int
+) -> None:
+    plain = _plain(tmp_path_factory.getbasetemp(), "untied")
+    runs: list[int] = []
+    forward = PackedLayer.forward
+    monkeypatch.setattr(PackedLayer, "forward", lambda *a, **k: runs.append(1) or forward(*a, **k))  # type: ignore[func-returns-value]
+
+    def train(**more: Any) -> tuple[dict[str, float], int]:
+        runs.clear()
+        with trainer_for(config_for(plain.path, **_FLAGS, **more), plain.path.parent) as trainer:
+            return _without_times(trainer.train(plain.batches[0])), len(runs)
+
+    (kept, once), (computed, more) = train(), train(recompute_granularity="full", **flags)
+    assert (once, more) == (4, 4 + again)
+    assert computed == pytest.approx(kept, rel=1e-6)
 
 
 def _without_times(metrics: dict[str, float]) -> dict[str, float]:

@@ -95,6 +95,14 @@ _HEADS = "and 4 / 3 is no whole number; give a divisor of 4"
             "--use-distributed-optimizer: megatron shares the state of Adam, not of sgd; use --optimizer adam",
         ),
         (
+            {"recompute_num_layers": 2},
+            "--recompute-num-layers, got 2: nothing is computed again; add --recompute-granularity full, or leave it out",
+        ),
+        (
+            {"recompute_granularity": "full", "recompute_num_layers": 13},
+            "--recompute-num-layers, got 13: a pipeline rank has 12 / 1 = 12 layers; give at most 12",
+        ),
+        (
             {"expert_model_parallel_size": 2, "actor_num_gpus_per_node": 2},
             "--expert-model-parallel-size, got 2: the model has no experts; leave it out",
         ),
