@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from miles.trainers.megatron.logprobs import Vocabulary, token_scores
 
@@ -81,3 +87,40 @@ def test_a_chunk_size_that_cannot_be_is_refused() -> None:
         token_scores(
             torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.int64), torch.ones(1), Vocabulary(), 0
         )
+
+
+class _Live(TorchDispatchMode):
+    """Counts elements of tensors that operations made and that are not gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {part.untyped_storage().data_ptr() for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)}
+        for part in tree_leaves(out):
+            if isinstance(part, Tensor) and part.untyped_storage().data_ptr() not in given:
+                self.now += part.numel()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(part, self._gone, part.numel())
+        return out
+
+    def _gone(self, elements: int) -> None:
+        self.now -= elements
+
+
+def test_memory_of_a_long_sequence_is_bounded_by_the_chunk() -> None:
+    """Forward and backward pass, 2,048 tokens, a vocabulary of 1,000, 32 tokens at once."""
+    hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    targets, temperatures = torch.randint(0, 1000, (2048,)), torch.ones(2048)
+
+    def peak(chunk: int) -> int:
+        with _Live() as live:
+            scores = token_scores(hidden, weight, targets, temperatures, Vocabulary(), chunk)
+            (scores.log_probs.sum() + scores.entropies.sum()).backward()
+        return live.peak
+
+    table, rest = 32 * 1000, 3 * (hidden.numel() + weight.numel()) + 8 * 2048
+    assert peak(32) < 5 * table + rest
+    assert peak(-1) > 2 * 2048 * 1000, "it sees what is not cut into chunks"
