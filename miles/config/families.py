@@ -195,7 +195,9 @@ def _qwen3_5_with_vision(hf: HfConfig) -> dict[str, Any]:
         raise Unsupported(f"text_config {_plain(text)}: it describes the text model")
     tied = hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     shared = {"quantization_config": hf.get("quantization_config"), "tie_word_embeddings": tied}
-    return _qwen3_5({**text, **shared, "model_type": f"{hf['model_type']}_text"})
+    return _qwen3_5(
+        {**{name: v for name, v in text.items() if v is not None}, **shared, "model_type": f"{hf['model_type']}_text"}
+    )
 
 
 def _grouped_experts(hf: HfConfig) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,10 @@ def model_values(hf: HfConfig, *, where: str) -> dict[str, Any]:
     for described in (hf, hf.get("text_config")):
         if isinstance(described, Mapping):
             _check_kinds(described, where)
+    # null says as much as nothing, but where it says that there is no such part.
+    said = {name: value for name, value in hf.items() if value is not None or name in _SAYS_NONE}
     try:
-        return family(hf)
+        return family(said)
     except KeyError as error:
         raise ConfigError(
             f"{where}/config.json, got no {error}: a {kind} model needs it; download the checkpoint again"
@@ -92,6 +93,7 @@ _MORE_SIZES = (
     "n_routed_experts", "n_shared_experts", "n_group", "topk_group", "moe_layer_freq", "num_nextn_predict_layers",
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "first_k_dense_replace",
 )  # fmt: skip
+_SAYS_NONE = ("sliding_window", "head_dim", "q_lora_rank", "text_config")
 _MAY_BE_0 = ("n_shared_experts", "num_nextn_predict_layers", "first_k_dense_replace", "sliding_window")
 _NUMBERS = ("routed_scaling_factor", "rms_norm_eps", "rope_theta", "partial_rotary_factor")
 
@@ -107,7 +109,7 @@ def _check_kinds(hf: HfConfig, where: str) -> None:
             if (v := hf.get(name)) is not None or (name in hf and name in _SIZES)
         ),
         *(
-            (name, v, type(v) in (int, float) and 0 < v < math.inf, "a number above 0")
+            (name, v, type(v) in (int, float) and 0 < v < 1e30, "a number above 0")
             for name, v in numbers
             if v is not None
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -301,6 +302,33 @@ def test_what_ranks_cannot_share(kind: str, flags: dict[str, Any], line: str, tm
     with pytest.raises(ConfigError) as caught:
         make_config(hf_checkpoint=str(tmp_path), actor_num_gpus_per_node=32, **flags)
     assert any(text.startswith(line) for text in str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize("kind", list(_COMPLETE))
+def test_any_value_of_any_key_is_read_or_refused(kind: str) -> None:
+    config, more = (
+        _COMPLETE[kind],
+        ("layer_types", "rope_scaling", "quantization_config", "norm_topk_prob", "swiglu_limit"),
+    )
+    values = [
+        None,
+        "x",
+        -1,
+        0,
+        1.5,
+        10**400,
+        float("nan"),
+        True,
+        [],
+        ["x"],
+        [1],
+        {},
+        {"rope_type": "yarn", "factor": "x"},
+    ]
+    for key in {*config, *more} - {"model_type"}:
+        for value in values:
+            with contextlib.suppress(ConfigError):
+                model_values(config | {key: value}, where="d")
 
 
 def test_a_dense_model_has_no_flags_of_experts(tmp_path: Path) -> None:
