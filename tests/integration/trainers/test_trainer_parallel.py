@@ -188,6 +188,38 @@ def test_a_shared_model_trains_as_hf_does(tmp_path_factory: pytest.TempPathFacto
             assert _without_times(mine) == _without_times(first)
 
 
+def _train_critic(
+    rank: int, world_size: int, port: int, hf: Path, run_dir: Path, flags: dict[str, Any]
+) -> list[dict[str, float]]:
+    config = config_for(hf, **flags)
+    sizes = parallel_sizes(config)
+    mine = sizes.data_rank(rank, world_size)
+    rows = [np.arange(len(_LENGTHS)), np.arange(0)] if mine == 0 else [np.arange(0), np.arange(0)]
+    with trainer_for(config, run_dir, rank=rank, world_size=world_size, port=port) as trainer:
+        return [
+            _without_times(trainer.train(share(make_batch(_LENGTHS, seed=seed, steps=2), rows, 2))) for seed in range(2)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [(2, _flags(tp=2, sp=True)), (2, _flags(cp=2)), (4, _flags(pp=2))],
+    ids=["tp2-sp", "cp2", "pp2-dp2"],
+)
+def test_critic_whitening_and_metrics_are_those_of_one_rank(
+    tmp_path_factory: pytest.TempPathFactory, world_size: int, flags: dict[str, Any]
+) -> None:
+    """Also where a replica, or a whole optimizer step, has no rows at all."""
+    plain = _plain(tmp_path_factory.getbasetemp(), "untied")
+    ppo = {"use_rollout_logprobs": False, "advantage_estimator": "ppo", "kl_coef": 0.1, "normalize_advantages": True}
+    more = {"critic_lr": 1e-3, "entropy_coef": 0.01, "lambd": 0.9}
+    [whole] = run_ranks(1, _train_critic, plain.path, plain.path.parent, {**_FLAGS, **ppo, **more})
+    shared = {**flags, **ppo, **more, "actor_num_gpus_per_node": world_size}
+    for metrics in run_ranks(world_size, _train_critic, plain.path, plain.path.parent, shared):
+        for ours, one in zip(metrics, whole, strict=True):
+            assert ours == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "again"),
     [({}, 4), ({"recompute_num_layers": 2}, 4), ({"recompute_method": "block", "recompute_num_layers": 3}, 3)],
