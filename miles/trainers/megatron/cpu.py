@@ -33,7 +33,8 @@ def prepare() -> None:
         return
     # Without a GPU torch.compile only costs start-up time: megatron's fusions then run as the plain functions they are.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    for message in (".*Apex (is|are) not installed", "full scope is deprecated"):
+    # The last one speaks of experts, each of which one rank holds whole.
+    for message in (".*Apex (is|are) not installed", "full scope is deprecated", "`sequence_parallel` is set to"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning, module="megatron")
 
 
