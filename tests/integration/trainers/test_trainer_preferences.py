@@ -249,6 +249,18 @@ def test_two_ranks_and_any_micro_batches_equal_one(
         assert (first[1][key] - gradient).norm() <= 1e-5 * gradient.norm(), key
 
 
+@pytest.mark.parametrize("name", ["coupled", "kto"])
+@pytest.mark.parametrize("how", ["pipeline", "context"])
+def test_ranks_that_share_the_model_find_what_one_finds(
+    tmp_path: Path, qwen3: Path, other_qwen3: Path, name: str, how: str
+) -> None:
+    batch = _batch(judged=name == "kto")
+    [whole] = run_ranks(1, _train, qwen3, other_qwen3, tmp_path, _SPLITS[name], [batch])
+    flags = {**_SPLITS[name], f"{how}_{'model_' * (how == 'pipeline')}parallel_size": 2, "actor_num_gpus_per_node": 2}
+    for found, _ in run_ranks(2, _train, qwen3, other_qwen3, tmp_path, flags, [batch, batch]):
+        assert found == pytest.approx(whole[0], rel=1e-5, abs=2e-6)
+
+
 def test_evaluation_says_what_the_step_would_and_leaves_the_model_alone(
     tmp_path: Path, qwen3: Path, other_qwen3: Path
 ) -> None:
