@@ -100,7 +100,7 @@ class Parallel:
         """Sum over the data-parallel replicas, whose rows differ. In place.
 
         Ranks of one replica hold the same rows, also those that share a sequence: scores of tokens are put together
-        (`sum_over_context`) before anything is made of them.
+        (see `context`) before anything is made of them.
         """
         return self._reduce(values, dist.ReduceOp.SUM)
 
@@ -110,12 +110,6 @@ class Parallel:
     def _reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         if self.groups.dp.size() > 1:
             dist.all_reduce(values, op=op, group=self.groups.dp)
-        return values
-
-    def sum_over_context(self, values: Tensor) -> Tensor:
-        """Sum over the ranks that share each sequence. In place."""
-        if self.groups.cp.size() > 1:
-            dist.all_reduce(values, group=self.groups.cp)
         return values
 
     def tensor_from_last_stage(self, values: Tensor) -> Tensor:
