@@ -2,6 +2,7 @@
 
     python -m tests.integration.kill.matrix                                     all 20 cases
     python -m tests.integration.kill.matrix --victim driver --phase saving      one
+    python -m tests.integration.kill.matrix --driver train_async.py             of the driver that is one step ahead
 
 Prints a line for each case: where the process ended, how the first command did, what the second one's start-up said, and
 whether weights, optimizer and random state, data state, samples and metrics (but perf/* and memory/*, which the machine decides)
@@ -76,13 +77,15 @@ def command(task: Path, directory: Path) -> list[str]:
     )
 
 
-def untouched(task: Path, directory: Path) -> Finished:
-    return _run(task, directory, "").check()
+def untouched(task: Path, directory: Path, driver: str = "train.py") -> Finished:
+    return _run(task, directory, "", driver).check()
 
 
-def run_case(task: Path, directory: Path, reference: Finished, victim: str, phase: str) -> Result:
+def run_case(
+    task: Path, directory: Path, reference: Finished, victim: str, phase: str, driver: str = "train.py"
+) -> Result:
     """Raises AssertionError where the kill did not happen, or a command did not end as it has to."""
-    first = last = _run(task, directory, f"{victim}:{phase}")
+    first = last = _run(task, directory, f"{victim}:{phase}", driver)
     mark = directory / "killed"
     assert mark.exists(), f"nothing was killed:\n{first.output}"
     if victim == "engine":
@@ -91,15 +94,15 @@ def run_case(task: Path, directory: Path, reference: Finished, victim: str, phas
         assert first.returncode == (SIGKILLED if victim == "driver" else FAILED), first.output
         named = r"error: ProcessDied: process (trainer-\d|rollout-manager), got its end while the run waited for "
         assert victim == "driver" or re.search(named, first.output), first.output
-        last = _run(task, directory, f"{victim}:{phase}").check()
+        last = _run(task, directory, f"{victim}:{phase}", driver).check()
         assert "found a run in" in last.output, last.output
     return Result(mark.read_text(), first, last, tuple(differences(reference, last)))
 
 
-def _run(task: Path, directory: Path, kill: str) -> Finished:
+def _run(task: Path, directory: Path, kill: str, driver: str) -> Finished:
     directory.mkdir(parents=True, exist_ok=True)
     os.environ.update(KILL=kill or ":", KILL_DIR=str(directory))
-    return train(command(task, directory), directory / "run", timeout_s=300)
+    return train(command(task, directory), directory / "run", timeout_s=300, driver=driver)
 
 
 # --------------------------------------------------------------------------------------------------------------- compare
@@ -157,11 +160,11 @@ def _same(a: Any, b: Any) -> bool:
 # --------------------------------------------------------------------------------------------------------------- command
 
 
-def _line(task: Path, root: Path, reference: Finished, victim: str, phase: str) -> tuple[bool, str]:
+def _line(task: Path, root: Path, reference: Finished, driver: str, victim: str, phase: str) -> tuple[bool, str]:
     """Whether a case is bitwise equal, and its part of the table."""
     started = time.monotonic()
     try:
-        result = run_case(task, root / f"{victim}-{phase}", reference, victim, phase)
+        result = run_case(task, root / f"{victim}-{phase}", reference, victim, phase, driver)
         verdict = f"DIFFERS: {', '.join(result.differences[:9])}" if result.differences else "bitwise equal"
         details = f"    {result.where}\n    {result.said}"
     except AssertionError as error:
@@ -174,6 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--victim", choices=VICTIMS, action="append", help="only this one; may be repeated")
     parser.add_argument("--phase", choices=PHASES, action="append", help="only this one; may be repeated")
+    parser.add_argument("--driver", choices=("train.py", "train_async.py"), default="train.py")
     parser.add_argument("--task", type=Path, default=REPO / ".miles" / "tiny_addition", help="tiny model and task")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     chosen = parser.parse_args()
@@ -184,8 +188,8 @@ def main() -> int:
         ProcessPoolExecutor(chosen.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         root = Path(directory)
-        reference = untouched(chosen.task, root / "untouched")
-        lines = [pool.submit(_line, chosen.task, root, reference, *case) for case in cases]
+        reference = untouched(chosen.task, root / "untouched", chosen.driver)
+        lines = [pool.submit(_line, chosen.task, root, reference, chosen.driver, *case) for case in cases]
         equal = 0
         for line in lines:
             is_equal, text = line.result()

@@ -160,7 +160,7 @@ def exact_in_worker(args, sample, *, response):
 
 
 title = Path("/proc/self/cmdline").read_bytes().decode()
-if "train.py" in title:
+if "train.py" in title or "train_async.py" in title:
     (DIRECTORY / "driver").write_text(str(os.getpid()))
 elif "TrainerActor" in title and PHASE in ("training", "weight_sync", "saving"):
     {"training": in_training, "weight_sync": in_weight_sync, "saving": in_saving}[PHASE]()
