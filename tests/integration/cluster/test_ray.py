@@ -173,6 +173,7 @@ def test_the_publication_called_with_a_training_step(tmp_path):
     out = run(
         f"""
         from miles.cluster.trainer_group import TrainerActor, TrainerGroup
+        from miles.config.parallel import ParallelSizes
         class Model:
             traced = {{}}
             def __init__(self, rank): self.rank = rank
@@ -198,6 +199,7 @@ def test_the_publication_called_with_a_training_step(tmp_path):
             log.write_text("")
             group.processes = [Process(f"trainer-{{r}}", Rank.options(num_cpus=0).remote(r), log) for r in (0, 1)]
             group._limit_s, group.look, group._begun = 20, None, None
+            group._sizes = ParallelSizes()
             ask = lambda p: ray.get(p.handle.what_was_published.remote())
             def job(*seconds, **more): return [ray.put(dict(seconds=seconds, **more))] * 2
             group.train(job(0, 0))
